@@ -1,0 +1,1 @@
+"""Image captioning: a CNN looks, an LSTM writes."""
