@@ -1,0 +1,148 @@
+"""The recurrent decoder: 4096 numbers set its first hidden state, then it writes word after word.
+
+"Init-inject" of Tanti et al. 2018 ("Where to put the image in an image caption generator"): the photo enters through
+h0 and c0 and nowhere else. `step` is the model; `forward` computes the same for whole captions with torch's fused
+kernels, and a test holds both equal.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the name that everyone uses
+
+from captioner.config import FEATURE_SIZE, DecoderConfig
+
+#: Hidden state, `(layers, batch, hidden)`; an LSTM has two of them: h and c.
+State = tuple[Tensor, ...]
+
+
+class Decoder(nn.Module):
+    """Writes captions from features."""
+
+    def __init__(self, config: DecoderConfig, vocabulary_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.vocabulary_size = vocabulary_size
+        E, H, L = config.embedding_size, config.hidden_size, config.layers
+        self.embedding = nn.Embedding(vocabulary_size, E)
+        between = config.dropout if L > 1 else 0.0
+        if config.cell == "lstm":
+            self.rnn: nn.RNNBase = nn.LSTM(E, H, L, batch_first=True, dropout=between)
+        elif config.cell == "gru":
+            self.rnn = nn.GRU(E, H, L, batch_first=True, dropout=between)
+        else:
+            nonlinearity = "relu" if config.cell == "irnn" else "tanh"
+            self.rnn = nn.RNN(E, H, L, batch_first=True, dropout=between, nonlinearity=nonlinearity)
+        self.states = 2 if config.cell == "lstm" else 1
+        self.initial = nn.Linear(FEATURE_SIZE, self.states * L * H)
+        self.dropout = nn.Dropout(config.dropout)
+        self.output = nn.Linear(H, vocabulary_size)
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        H = self.config.hidden_size
+        nn.init.normal_(self.embedding.weight, std=0.1)
+        # Small output weights: all words are about equally likely at first, so that the first loss is ln V.
+        nn.init.normal_(self.output.weight, std=0.01)
+        nn.init.zeros_(self.output.bias)
+        nn.init.xavier_uniform_(self.initial.weight)
+        nn.init.zeros_(self.initial.bias)
+        for layer in range(self.config.layers):
+            weight_hh: Tensor = getattr(self.rnn, f"weight_hh_l{layer}")
+            bias_ih: Tensor = getattr(self.rnn, f"bias_ih_l{layer}")
+            bias_hh: Tensor = getattr(self.rnn, f"bias_hh_l{layer}")
+            bias_ih.zero_()
+            bias_hh.zero_()
+            if self.config.cell == "lstm":
+                bias_ih[H : 2 * H] = 1.0  # the forget gate starts open (Jozefowicz et al. 2015)
+            elif self.config.cell == "irnn":
+                weight_hh.copy_(torch.eye(H))  # Le et al. 2015
+
+    def start(self, features: Float[Tensor, "batch 4096"]) -> State:
+        """The hidden state that a photo sets.
+
+        Args:
+            features: what the encoder saw, `(batch, 4096)`.
+
+        Returns:
+            h0 (and c0 for an LSTM), `(layers, batch, hidden)` each.
+        """
+        B = features.shape[0]
+        initial = self.initial(self._normalise(features))
+        # (B, states * L * H) -> (states, L, B, H)
+        parts = initial.view(B, self.states, self.config.layers, self.config.hidden_size).permute(1, 2, 0, 3)
+        h0 = F.relu(parts[0]) if self.config.cell == "irnn" else torch.tanh(parts[0])
+        return (h0, *parts[1:])
+
+    def step(
+        self, tokens: Int[Tensor, " batch"], state: State
+    ) -> tuple[Float[Tensor, "batch vocabulary"], State]:
+        """Read one word, and say how likely each word is to follow.
+
+        Args:
+            tokens: ids of the words read, `(batch,)`.
+            state: hidden state, from `start` or from the step before.
+
+        Returns:
+            Logits, `(batch, vocabulary)`, and the next hidden state.
+        """
+        x = self.dropout(self.embedding(tokens))
+        layers: list[tuple[Tensor, ...]] = []
+        for layer in range(self.config.layers):
+            if layer > 0:
+                x = F.dropout(x, self.rnn.dropout, self.training)
+            layers.append(self._cell(layer, x, tuple(part[layer] for part in state)))
+            x = layers[-1][0]
+        following = tuple(torch.stack(parts) for parts in zip(*layers, strict=True))
+        return self.output(self.dropout(x)), following
+
+    def forward(
+        self,
+        features: Float[Tensor, "batch 4096"],
+        tokens: Int[Tensor, "batch time"],
+        keep: Bool[Tensor, "batch time"] | None = None,
+    ) -> Float[Tensor, "*words vocabulary"]:
+        """Read whole captions at once: position t sees the photo and the words up to t.
+
+        Args:
+            features: `(batch, 4096)`.
+            tokens: ids, `(batch, time)`, from `[start]` on.
+            keep: positions whose logits are wanted; the output layer is computed for these alone.
+
+        Returns:
+            Logits of the word that follows: `(batch, time, vocabulary)`, or `(positions kept, vocabulary)`.
+        """
+        h0, *c0 = (part.contiguous() for part in self.start(features))
+        x = self.dropout(self.embedding(tokens))
+        hidden, _ = self.rnn(x, (h0, *c0) if c0 else h0)
+        hidden = self.dropout(hidden)
+        return self.output(hidden if keep is None else hidden[keep])
+
+    def _normalise(self, features: Tensor) -> Tensor:
+        if self.config.feature_norm == "none":
+            return features
+        # Signed square root, then unit length (Perronnin et al. 2010): a few very active channels do not drown the rest.
+        # Times sqrt(4096): about 1 per component, which the initialisation of the layer behind it expects.
+        rooted = features.sign() * features.abs().sqrt()
+        return F.normalize(rooted, dim=1) * FEATURE_SIZE**0.5
+
+    def _cell(self, layer: int, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """One step of one layer; gates are in torch's order."""
+        h = state[0]
+        from_input = F.linear(x, getattr(self.rnn, f"weight_ih_l{layer}"), getattr(self.rnn, f"bias_ih_l{layer}"))
+        from_hidden = F.linear(h, getattr(self.rnn, f"weight_hh_l{layer}"), getattr(self.rnn, f"bias_hh_l{layer}"))
+        if self.config.cell == "lstm":
+            i, f, g, o = (from_input + from_hidden).chunk(4, dim=1)
+            c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
+            return torch.sigmoid(o) * torch.tanh(c), c
+        if self.config.cell == "gru":
+            input_r, input_z, input_n = from_input.chunk(3, dim=1)
+            hidden_r, hidden_z, hidden_n = from_hidden.chunk(3, dim=1)
+            n = torch.tanh(input_n + torch.sigmoid(input_r + hidden_r) * hidden_n)
+            z = torch.sigmoid(input_z + hidden_z)
+            return ((1 - z) * n + z * h,)
+        activate = F.relu if self.config.cell == "irnn" else torch.tanh
+        return (activate(from_input + from_hidden),)

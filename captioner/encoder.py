@@ -1,0 +1,194 @@
+"""Pretrained CNN -> 4096 numbers.
+
+The networks are torchvision's, cut at a named layer. Those with a native 4096-wide layer are tapped there, after its
+ReLU; of the fully convolutional ones the last map is averaged onto a grid with `channels x rows x columns = 4096`, so
+that all of them feed the same decoder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+from jaxtyping import Float, UInt8
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from captioner.config import FEATURE_SIZE, EncoderConfig, EncoderName
+from captioner.errors import WeightsError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Tap:
+    """Where a network of torchvision yields 4096 numbers."""
+
+    layer: str  # name of the layer whose output is taken
+    grid: tuple[int, int] | None = None  # rows, columns that its map is averaged onto; None: the layer is 4096 wide
+
+
+_TAPS: dict[EncoderName, _Tap] = {
+    "vgg16": _Tap("classifier.4"),  # fc7 after ReLU
+    "vgg16_bn": _Tap("classifier.4"),
+    "vgg19": _Tap("classifier.4"),
+    "alexnet": _Tap("classifier.5"),  # fc7 after ReLU
+    "resnet50": _Tap("layer4", grid=(1, 2)),  # 2048 channels
+    "resnet101": _Tap("layer4", grid=(1, 2)),
+    "resnet152": _Tap("layer4", grid=(1, 2)),
+    "squeezenet1_1": _Tap("features", grid=(2, 4)),  # 512 channels
+    "googlenet": _Tap("inception5b", grid=(2, 2)),  # 1024 channels
+}
+
+# Mean and standard deviation of ImageNet's RGB values, 0 to 255, that all of torchvision's weights were trained with.
+_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
+_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+
+
+class Encoder(nn.Module):
+    """A CNN without its classifier. Its weights are frozen and it stays in evaluation mode."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: EncoderConfig, state: Mapping[str, Tensor] | None = None) -> None:
+        """Build the network and fill it.
+
+        Args:
+            config: which network, and where its weights come from.
+            state: tensors to use instead of what `config.weights` names (a checkpoint that carries its encoder).
+
+        Raises:
+            WeightsError: the weights are not there, cannot be read, or belong to another network.
+        """
+        super().__init__()
+        self.config = config
+        tap = _TAPS[config.name]
+        network = _network(config.name)
+        known = set(network.state_dict())
+        self.body = create_feature_extractor(network.eval(), {tap.layer: "tap"}).eval()
+        self.pool = nn.Identity() if tap.grid is None else nn.AdaptiveAvgPool2d(tap.grid)
+        if state is None and config.weights != "random":
+            state = _read(config)
+        if state is not None:
+            _fill(self.body, state, known, f"{config.name} weights ({config.weights})")
+        elif config.weights == "random":
+            log.warning("the weights of %s are random: good for tests, not for photos", config.name)
+        self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1), persistent=False)
+        self.weights_sha256 = fingerprint(self.body.state_dict())
+        self.requires_grad_(False)
+        self.to(memory_format=torch.channels_last)
+
+    def train(self, mode: bool = True) -> Encoder:
+        """Stay in evaluation mode whatever is asked: a frozen network has no other."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 4096"]:
+        """Look at photos.
+
+        Args:
+            images: RGB, 0 to 255, as `images.load` gives them.
+
+        Returns:
+            One row of 4096 non-negative numbers a photo.
+        """
+        pixels = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        tapped: Tensor = self.body(pixels)["tap"]
+        # (batch, channels, rows, columns) or (batch, 4096) -> (batch, 4096)
+        features: Tensor = self.pool(tapped).flatten(1)
+        assert features.shape[1] == FEATURE_SIZE
+        return features
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and values: equal for equal weights, whatever file they came in."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _network(name: EncoderName) -> nn.Module:
+    # Auxiliary heads of GoogLeNet stand in its weight file; its inputs are rescaled as those weights expect.
+    options = {"transform_input": True, "init_weights": False} if name == "googlenet" else {}
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)  # "random" means the same weights every time
+        network: nn.Module = models.get_model(name, weights=None, **options)
+    return network
+
+
+def _read(config: EncoderConfig) -> Mapping[str, Tensor]:
+    if config.weights == "default":
+        return _download(config.name)
+    path = Path(config.weights)
+    if not path.is_file():
+        raise WeightsError(
+            f"{path}: no such weight file for {config.name}; give a .safetensors or .pth file, or 'default'"
+        )
+    return _read_file(path)
+
+
+def _download(name: EncoderName) -> Mapping[str, Tensor]:
+    """Torchvision's first ImageNet weights, the ones the captioning literature used, through torch's cache."""
+    url: str = models.get_model_weights(name)["IMAGENET1K_V1"].url
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+    if not cached.is_file():
+        try:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            log.info("downloading %s", url)
+            torch.hub.download_url_to_file(url, str(cached), cached.stem.rsplit("-", 1)[-1], progress=True)
+        except (URLError, OSError, RuntimeError) as error:
+            reason = getattr(error, "reason", error)
+            raise WeightsError(
+                f"no weights for {name}: {url} cannot be downloaded ({reason}); "
+                f"put that file at {cached}, or pass --encoder.weights FILE"
+            ) from None
+    return _read_file(cached)
+
+
+def _read_file(path: Path) -> Mapping[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise WeightsError(f"{path}: cannot be read as weights ({reason}); delete it and fetch it again") from None
+    except Exception as error:  # what weights_only refuses to unpickle: the type depends on torch's version
+        raise WeightsError(
+            f"{path}: not a plain file of tensors ({type(error).__name__}); save a state dict, best as .safetensors"
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"{path}: not a state dict (names -> tensors); save `network.state_dict()`")
+    return state
+
+
+def _fill(body: nn.Module, state: Mapping[str, Tensor], known: set[str], what: str) -> None:
+    """Compare with the template before loading, and say what differs. Weights of the cut-off head are passed over."""
+    template = body.state_dict()
+    # Counters of training steps, which older files lack and evaluation never reads.
+    needed = {name for name in template if not name.endswith("num_batches_tracked")}
+    problems = [f"{name} is missing" for name in sorted(needed - set(state))]
+    problems += [f"{name} is unknown" for name in sorted(set(state) - known)]
+    problems += [
+        f"{name} is {tuple(state[name].shape)} instead of {tuple(template[name].shape)}"
+        for name in sorted(needed & set(state))
+        if state[name].shape != template[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise WeightsError(f"{what} belong to another network: {'; '.join(problems[:3])}{more}")
+    body.load_state_dict({name: state[name] for name in template if name in state}, strict=False)

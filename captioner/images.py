@@ -1,0 +1,126 @@
+"""File -> tensor: the only preprocessing in the project.
+
+The whole photo is squeezed onto a square, so nothing at its edges is lost. A CNN trained on ImageNet saw aspect ratios
+from 3:4 to 4:3 (Inception-style crops), which covers the distortion of ordinary photos. Normalisation belongs to the
+encoder; here values stay 8-bit.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from captioner.errors import ImageError
+
+#: Names what `load` does to a photo. It is part of every feature stamp: change it when the result changes.
+PREPROCESSING = "whole photo, sRGB, bilinear with antialiasing, v1"
+
+#: Endings that are taken for photos when a folder is searched.
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+
+#: Transparent parts are shown on this colour, as a web page would show them.
+_BACKGROUND = (255, 255, 255)
+
+
+def find(paths: Iterable[Path]) -> list[Path]:
+    """List photos: files as they are given, folders searched through all their levels in the order of their names.
+
+    Raises:
+        ImageError: a path does not exist, or a folder holds no photo.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+            if not inside:
+                raise ImageError(
+                    f"{path}: no photo in this folder; expected files ending in {', '.join(sorted(EXTENSIONS))}"
+                )
+            found += inside
+        elif path.exists():
+            found.append(path)
+        else:
+            raise ImageError(f"{path}: no such file or folder; give the path of a photo or of a folder of photos")
+    return found
+
+
+def load(source: Path | str | Image.Image, size: int) -> UInt8[Tensor, "3 height width"]:
+    """Decode a photo and resize it.
+
+    Understands every format that Pillow reads, the first frame of an animation, greyscale, palette, transparency, CMYK
+    and 16 bits a channel, and turns the photo as its EXIF orientation says.
+
+    Args:
+        source: a file, or an image that is already in memory.
+        size: height and width of the result, in pixels.
+
+    Returns:
+        RGB, channels first, 0 to 255, `(3, size, size)`.
+
+    Raises:
+        ImageError: the file is missing, not a photo, damaged or too large to decode safely.
+    """
+    if isinstance(source, Image.Image):
+        return _to_tensor(source, size)
+    path = Path(source)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on odd EXIF or palettes: the photo itself is readable
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                # A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, never below what is asked for.
+                image.draft("RGB", (size, size))
+                return _to_tensor(image, size)
+    except FileNotFoundError:
+        raise ImageError(f"{path}: no such file; give the path of a photo") from None
+    except IsADirectoryError:
+        raise ImageError(f"{path}: is a folder; give the path of a photo") from None
+    except UnidentifiedImageError:
+        raise ImageError(f"{path}: not a photo; expected JPEG, PNG, WebP, GIF, BMP or TIFF") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        limit = (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
+        raise ImageError(f"{path}: has more than {limit} million pixels; make it smaller first") from None
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, MemoryError) as error:
+        # What Pillow's decoders raise on damaged files; the first line of their message is the useful one.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ImageError(f"{path}: cannot be decoded ({reason}); the file is damaged or of an unknown kind") from None
+
+
+def _to_tensor(image: Image.Image, size: int) -> UInt8[Tensor, "3 height width"]:
+    if getattr(image, "n_frames", 1) > 1:
+        image.seek(0)
+    rgb = _to_rgb(ImageOps.exif_transpose(image))
+    if rgb.size != (size, size):
+        rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
+    # (H, W, 3) -> (3, H, W)
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        return _from_deep_grey(np.asarray(image))
+    if image.has_transparency_data:
+        layers = image.convert("RGBA")
+        canvas = Image.new("RGBA", layers.size, (*_BACKGROUND, 255))
+        return Image.alpha_composite(canvas, layers).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_deep_grey(values: np.ndarray) -> Image.Image:
+    """16-bit integers (0 to 65,535) and floats (0 to 1, or 0 to 255): Pillow would clip them at 255 instead."""
+    grey = values.astype(np.float32)
+    if np.issubdtype(values.dtype, np.integer):
+        grey /= 257.0  # 65,535 -> 255
+    elif grey.size and np.nanmax(grey) <= 1.0:
+        grey *= 255.0
+    grey = np.nan_to_num(grey).clip(0, 255).round().astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB")
