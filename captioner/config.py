@@ -5,8 +5,14 @@ The dataclasses are the command line: the comment behind a field is its help tex
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import tyro
+
+from captioner.errors import CaptionerError
 
 FEATURE_SIZE = 4096
 
@@ -14,6 +20,8 @@ EncoderName = Literal[
     "vgg16", "vgg16_bn", "vgg19", "alexnet", "resnet50", "resnet101", "resnet152", "squeezenet1_1", "googlenet"
 ]
 CellName = Literal["lstm", "gru", "rnn", "irnn"]
+FeatureNorm = Literal["sqrt", "none"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -24,22 +32,203 @@ class EncoderConfig:
     weights: str = "default"  # "default" (torchvision's, downloaded once), a .safetensors or .pth file, or "random"
     image_size: int = 224  # photos are resized to this height and width, in pixels
 
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _choice("encoder.name", self.name, EncoderName)
+        _at_least("encoder.image_size", self.image_size, 32)
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
     """The recurrent network that writes."""
 
-    cell: CellName = "lstm"
-    hidden_size: int = 512
-    embedding_size: int = 512
-    layers: int = 1
-    dropout: float = 0.5
-    feature_norm: Literal["none", "sqrt"] = "sqrt"
+    cell: CellName = "lstm"  # "rnn" has tanh units, "irnn" ReLU units whose recurrent matrix starts as the identity
+    hidden_size: int = 512  # units a layer
+    embedding_size: int = 512  # numbers a word is turned into
+    layers: int = 1  # recurrent layers
+    dropout: float = 0.5  # share of inputs and outputs of the recurrent layers that is zeroed in training
+    feature_norm: FeatureNorm = "sqrt"  # "sqrt": signed square root, then unit length; "none": features as they are
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _choice("decoder.cell", self.cell, CellName)
+        _choice("decoder.feature_norm", self.feature_norm, FeatureNorm)
+        for name in ("hidden_size", "embedding_size", "layers"):
+            _at_least(f"decoder.{name}", getattr(self, name), 1)
+        _share("decoder.dropout", self.dropout)
 
 
 @dataclass(frozen=True)
 class DecodingOptions:
     """How captions are searched for."""
 
+    method: Literal["beam", "sample"] = "beam"  # "beam" looks for the likeliest captions, "sample" draws them at random
     beam_size: int = 3  # hypotheses kept an image; 1 is greedy search
+    num_captions: int = 1  # captions an image, best first; the beam is at least this wide
     max_words: int = 20  # longer captions are cut there
+    min_words: int = 1  # a caption may not end before it has this many words
+    length_normalisation: Literal["none", "average", "gnmt"] = "none"  # what log-probabilities are divided by to rank
+    gnmt_alpha: float = 0.6  # strength of the "gnmt" normalisation, ((5 + length) / 6) ** alpha
+    no_repeat_ngram: int = 0  # a run of this many words comes at most once in a caption; 0 allows all
+    forbidden_words: tuple[str, ...] = ()  # words that a caption never has
+    required_words: tuple[str, ...] = ()  # words or phrases that every caption has; "dog|dogs" asks for one of the two
+    beam_groups: int = 1  # groups that the beam is split into, each urged to differ from those before it
+    diversity: float = 0.5  # what a word costs, in log-probability, for each earlier group that just chose it
+    temperature: float = 1.0  # sampling: below 1 keeps to likely words, above 1 strays from them
+    top_k: int = 0  # sampling: only among this many likeliest words; 0 allows all
+    top_p: float = 1.0  # sampling: only among the likeliest words that together have this probability
+    typical_p: float = 1.0  # sampling: only among the most typical words that together have this probability
+    seed: int = 0  # sampling: the same seed and photo give the same captions, in any batch
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # arithmetic; "auto" is bf16 where the device has it fast
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot be meant.
+
+        Raises:
+            CaptionerError: a setting is out of its range, or two contradict each other.
+        """
+        for name in ("beam_size", "num_captions", "max_words", "beam_groups"):
+            if getattr(self, name) < 1:
+                raise CaptionerError(f"{name} is {getattr(self, name)}; expected 1 or more")
+        for name in ("min_words", "no_repeat_ngram", "top_k"):
+            if getattr(self, name) < 0:
+                raise CaptionerError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        if self.min_words > self.max_words:
+            raise CaptionerError(
+                f"min_words is {self.min_words} and max_words {self.max_words}; expected min_words <= max_words"
+            )
+        for name in ("gnmt_alpha", "diversity"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise CaptionerError(f"{name} is {getattr(self, name)}; expected a number of 0 or more")
+        if not 0 < self.temperature < math.inf:
+            raise CaptionerError(f"temperature is {self.temperature}; expected a number above 0")
+        for name in ("top_p", "typical_p"):
+            if not 0 < getattr(self, name) <= 1:
+                raise CaptionerError(f"{name} is {getattr(self, name)}; expected a probability above 0, and 1 at most")
+        if self.width % self.beam_groups:
+            raise CaptionerError(
+                f"beam_groups is {self.beam_groups}, which does not divide the beam of {self.width}; "
+                "expected groups of equal size"
+            )
+        known = {
+            "method": ("beam", "sample"),
+            "length_normalisation": ("none", "average", "gnmt"),
+            "precision": ("auto", "fp32", "bf16"),
+        }
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise CaptionerError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(values)}")
+        if self.required_words and (self.method == "sample" or self.beam_groups > 1):
+            raise CaptionerError('required_words need method "beam" and 1 of beam_groups; leave one of them out')
+        if self.beam_groups > 1 and self.method == "sample":
+            raise CaptionerError('beam_groups need method "beam"; samples differ by themselves')
+
+    @property
+    def width(self) -> int:
+        """Hypotheses kept an image: `beam_size`, or `num_captions` where that is more."""
+        return max(self.beam_size, self.num_captions)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Photos and captions."""
+
+    data: Path  # a folder in a known layout (COCO, Karpathy split, Flickr8k), or a caption file (JSON, CSV, JSONL)
+    images: Path | None = None  # folder of the photos, where the layout does not say it
+    restval: Literal["train", "exclude"] = "train"  # what the "restval" photos of a Karpathy split count as
+    on_problem: Literal["error", "skip"] = "error"  # missing photos, double ids and so on: stop, or leave them out
+    val_share: float = 0.05  # share of photos taken for validation from a CSV or JSONL file without a "split" column
+    features: Path | None = None  # folder of the feature store; by default one in ~/.cache/captioner a set and encoder
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _share("val_share", self.val_share)
+
+
+@dataclass(frozen=True)
+class OptimisationConfig:
+    """How the decoder learns."""
+
+    epochs: int = 30  # passes over all captions, at most
+    batch_size: int = 128  # captions a step and process
+    learning_rate: float = 5e-4  # Adam's, after the warm-up
+    warmup_steps: int = 200  # the learning rate rises linearly over these steps, then falls along a cosine to 1 % of it
+    gradient_clip: float = 5.0  # largest norm of the gradient
+    label_smoothing: float = 0.0  # share of the target probability that is spread over all words
+    patience: int = 5  # epochs without a better validation CIDEr before training stops
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("epochs", "batch_size", "patience"):
+            _at_least(f"optimisation.{name}", getattr(self, name), 1)
+        for name in ("learning_rate", "gradient_clip"):
+            _positive(f"optimisation.{name}", getattr(self, name))
+        _at_least("optimisation.warmup_steps", self.warmup_steps, 0)
+        _share("optimisation.label_smoothing", self.label_smoothing)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Everything that a training run depends on."""
+
+    data: Annotated[DataConfig, tyro.conf.arg(name="")]
+    output: Path  # folder of the run; the same command goes on with the run that it holds
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    optimisation: OptimisationConfig = field(default_factory=OptimisationConfig)
+    decoding: DecodingOptions = field(default_factory=DecodingOptions)  # how validation captions are searched for
+    min_count: int = 5  # words seen fewer times in the training captions become [unk]
+    max_words: int = 30  # longer training captions are cut there
+    precision: Precision = "auto"  # "auto" is bf16 where the processor or GPU is fast at it, else fp32
+    seed: int = 0  # decides initial weights, order of captions and dropout
+    tracking: Literal["wandb", "none"] = "wandb"  # Weights & Biases; offline by itself where there is no API key
+    project: str = "captioner"  # of Weights & Biases
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("min_count", "max_words"):
+            _at_least(name, getattr(self, name), 1)
+
+
+def _choice(name: str, value: str, allowed: Any) -> None:
+    if value not in get_args(allowed):
+        raise CaptionerError(f"{name} is {value!r}; expected one of {', '.join(get_args(allowed))}")
+
+
+def _at_least(name: str, value: float, low: float) -> None:
+    if not value >= low:
+        raise CaptionerError(f"{name} is {value}; expected {low} or more")
+
+
+def _positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise CaptionerError(f"{name} is {value}; expected more than 0")
+
+
+def _share(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise CaptionerError(f"{name} is {value}; expected 0 or more and less than 1")
+
+
+#: The named recipes of `train.py`, each a complete configuration that any option overrides.
+PRESETS: dict[str, tuple[str, TrainingConfig]] = {
+    "coco": (
+        "VGG16 on MSCOCO: the default recipe",
+        TrainingConfig(data=DataConfig(data=Path("data/coco")), output=Path("runs/coco")),
+    ),
+    "flickr8k": (
+        "Flickr8k: 8,000 photos, for machines without a GPU",
+        TrainingConfig(data=DataConfig(data=Path("data/flickr8k")), output=Path("runs/flickr8k")),
+    ),
+    "shapes": (
+        "coloured shapes that are drawn on the spot: trains from nothing, offline, in minutes",
+        TrainingConfig(
+            data=DataConfig(data=Path("data/shapes")),
+            output=Path("runs/shapes"),
+            encoder=EncoderConfig(name="squeezenet1_1", weights="random", image_size=64),
+            decoder=DecoderConfig(hidden_size=256, embedding_size=128),
+            optimisation=OptimisationConfig(epochs=10, batch_size=128, learning_rate=2e-3, warmup_steps=50),
+            min_count=1,
+        ),
+    ),
+}

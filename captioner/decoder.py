@@ -70,16 +70,17 @@ class Decoder(nn.Module):
         Returns:
             h0 (and c0 for an LSTM), `(layers, batch, hidden)` each.
         """
-        B = features.shape[0]
-        initial = self.initial(self._normalise(features))
+        return self.arrange(self.initial(self.normalise(features)))
+
+    def arrange(self, initial: Float[Tensor, "batch numbers"]) -> State:
+        """Make the hidden state of what `initial` says, `(batch, states * layers * hidden)`."""
+        B = initial.shape[0]
         # (B, states * L * H) -> (states, L, B, H)
         parts = initial.view(B, self.states, self.config.layers, self.config.hidden_size).permute(1, 2, 0, 3)
         h0 = F.relu(parts[0]) if self.config.cell == "irnn" else torch.tanh(parts[0])
         return (h0, *parts[1:])
 
-    def step(
-        self, tokens: Int[Tensor, " batch"], state: State
-    ) -> tuple[Float[Tensor, "batch vocabulary"], State]:
+    def step(self, tokens: Int[Tensor, " batch"], state: State) -> tuple[Float[Tensor, "batch vocabulary"], State]:
         """Read one word, and say how likely each word is to follow.
 
         Args:
@@ -119,15 +120,18 @@ class Decoder(nn.Module):
         x = self.dropout(self.embedding(tokens))
         hidden, _ = self.rnn(x, (h0, *c0) if c0 else h0)
         hidden = self.dropout(hidden)
-        return self.output(hidden if keep is None else hidden[keep])
+        logits: Tensor = self.output(hidden if keep is None else hidden[keep])
+        return logits
 
-    def _normalise(self, features: Tensor) -> Tensor:
+    def normalise(self, features: Float[Tensor, "batch 4096"]) -> Float[Tensor, "batch 4096"]:
+        """Bring features to the scale that `initial` expects; see `DecoderConfig.feature_norm`."""
         if self.config.feature_norm == "none":
             return features
-        # Signed square root, then unit length (Perronnin et al. 2010): a few very active channels do not drown the rest.
+        # Signed square root, then unit length (Perronnin et al. 2010): a few active channels do not drown the rest.
         # Times sqrt(4096): about 1 per component, which the initialisation of the layer behind it expects.
-        rooted = features.sign() * features.abs().sqrt()
-        return F.normalize(rooted, dim=1) * FEATURE_SIZE**0.5
+        rooted: Tensor = features.sign() * features.abs().sqrt()
+        scaled: Tensor = F.normalize(rooted, dim=1) * FEATURE_SIZE**0.5
+        return scaled
 
     def _cell(self, layer: int, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """One step of one layer; gates are in torch's order."""

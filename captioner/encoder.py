@@ -7,22 +7,20 @@ that all of them feed the same decoder.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import URLError
 
 import torch
 from jaxtyping import Float, UInt8
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from captioner import weights
 from captioner.config import FEATURE_SIZE, EncoderConfig, EncoderName
 from captioner.errors import WeightsError
 
@@ -74,18 +72,18 @@ class Encoder(nn.Module):
         self.config = config
         tap = _TAPS[config.name]
         network = _network(config.name)
-        known = set(network.state_dict())
         self.body = create_feature_extractor(network.eval(), {tap.layer: "tap"}).eval()
+        head = network.state_dict().keys() - self.body.state_dict().keys()
         self.pool = nn.Identity() if tap.grid is None else nn.AdaptiveAvgPool2d(tap.grid)
         if state is None and config.weights != "random":
             state = _read(config)
         if state is not None:
-            _fill(self.body, state, known, f"{config.name} weights ({config.weights})")
+            _fill(self.body, state, head, f"{config.name} weights ({config.weights})")
         elif config.weights == "random":
             log.warning("the weights of %s are random: good for tests, not for photos", config.name)
         self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1), persistent=False)
-        self.weights_sha256 = fingerprint(self.body.state_dict())
+        self.weights_sha256 = weights.fingerprint(self.body.state_dict())
         self.requires_grad_(False)
         self.to(memory_format=torch.channels_last)
 
@@ -111,15 +109,6 @@ class Encoder(nn.Module):
         return features
 
 
-def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and values: equal for equal weights, whatever file they came in."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _network(name: EncoderName) -> nn.Module:
     # Auxiliary heads of GoogLeNet stand in its weight file; its inputs are rescaled as those weights expect.
     options = {"transform_input": True, "init_weights": False} if name == "googlenet" else {}
@@ -138,7 +127,7 @@ def _read(config: EncoderConfig) -> Mapping[str, Tensor]:
         raise WeightsError(
             f"{path}: no such weight file for {config.name}; give a .safetensors or .pth file, or 'default'"
         )
-    return _read_file(path)
+    return weights.read(path)
 
 
 def _download(name: EncoderName) -> Mapping[str, Tensor]:
@@ -156,39 +145,13 @@ def _download(name: EncoderName) -> Mapping[str, Tensor]:
                 f"no weights for {name}: {url} cannot be downloaded ({reason}); "
                 f"put that file at {cached}, or pass --encoder.weights FILE"
             ) from None
-    return _read_file(cached)
+    return weights.read(cached)
 
 
-def _read_file(path: Path) -> Mapping[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise WeightsError(f"{path}: cannot be read as weights ({reason}); delete it and fetch it again") from None
-    except Exception as error:  # what weights_only refuses to unpickle: the type depends on torch's version
-        raise WeightsError(
-            f"{path}: not a plain file of tensors ({type(error).__name__}); save a state dict, best as .safetensors"
-        ) from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise WeightsError(f"{path}: not a state dict (names -> tensors); save `network.state_dict()`")
-    return state
-
-
-def _fill(body: nn.Module, state: Mapping[str, Tensor], known: set[str], what: str) -> None:
-    """Compare with the template before loading, and say what differs. Weights of the cut-off head are passed over."""
+def _fill(body: nn.Module, state: Mapping[str, Tensor], head: Set[str], what: str) -> None:
     template = body.state_dict()
     # Counters of training steps, which older files lack and evaluation never reads.
-    needed = {name for name in template if not name.endswith("num_batches_tracked")}
-    problems = [f"{name} is missing" for name in sorted(needed - set(state))]
-    problems += [f"{name} is unknown" for name in sorted(set(state) - known)]
-    problems += [
-        f"{name} is {tuple(state[name].shape)} instead of {tuple(template[name].shape)}"
-        for name in sorted(needed & set(state))
-        if state[name].shape != template[name].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise WeightsError(f"{what} belong to another network: {'; '.join(problems[:3])}{more}")
+    counters = {name for name in template if name.endswith("num_batches_tracked")}
+    if different := weights.differences(template, state, passed_over=head | counters):
+        raise WeightsError(f"{what} belong to another network: {different}")
     body.load_state_dict({name: state[name] for name in template if name in state}, strict=False)

@@ -9,10 +9,10 @@ Reading maps the file into memory: 123,287 photos are 1.01 GB on disk and cost n
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,10 +21,11 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
+from captioner import images
+from captioner.annotations import Annotations, Example
 from captioner.config import FEATURE_SIZE
-from captioner.errors import FeatureStoreError
-
-log = logging.getLogger(__name__)
+from captioner.encoder import Encoder
+from captioner.errors import FeatureStoreError, ImageError
 
 _ROW_BYTES = 2 * FEATURE_SIZE
 ImageId = int | str
@@ -40,6 +41,12 @@ class Stamp:
     preprocessing: str  # see `images.PREPROCESSING`
     feature_size: int = FEATURE_SIZE
     dtype: str = "float16"
+
+    @classmethod
+    def of(cls, encoder: Encoder) -> Stamp:
+        """The stamp of what an encoder computes."""
+        config = encoder.config
+        return cls(config.name, encoder.weights_sha256, config.image_size, images.PREPROCESSING)
 
 
 class FeatureStore:
@@ -58,7 +65,9 @@ class FeatureStore:
             self._check_stamp()
             self._rows = self._read_rows()
         except OSError as error:
-            raise FeatureStoreError(f"{folder}: cannot be used as a feature store ({error.strerror or error})") from None
+            raise FeatureStoreError(
+                f"{folder}: cannot be used as a feature store ({error.strerror or error})"
+            ) from None
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -200,3 +209,61 @@ class _Writer:
             ) from None
         for image_id, size in photos:
             self._store._rows[image_id] = (len(self._store._rows), size)
+
+
+def add_photos(
+    store: FeatureStore,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 64,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[ImageId, ImageError]:
+    """Compute and store the features of photos that the store does not hold yet.
+
+    Args:
+        store: what to add to; its stamp is that of the encoder.
+        encoder: computes the features, on the device where it is.
+        examples: the photos.
+        batch_size: photos that are encoded together.
+        progress: is told how many of the photos to compute are done, and how many there are.
+
+    Returns:
+        The photos that could not be decoded, with their reasons. They are not in the store.
+
+    Raises:
+        FeatureStoreError: the disk is full, another process is adding, or a photo is not the one that was stored.
+    """
+    sizes = {example.image_id: example.path.stat().st_size for example in examples}
+    for example in examples:
+        if example.image_id in store and store.size_of(example.image_id) != sizes[example.image_id]:
+            raise FeatureStoreError(
+                f"{store.folder}: holds features of another photo with the id {example.image_id!r} "
+                f"({store.size_of(example.image_id):,} bytes; {example.path} has {sizes[example.image_id]:,}); "
+                "choose another folder with --features"
+            )
+    if all(example.image_id in store for example in examples):
+        return {}
+    failures: dict[ImageId, ImageError] = {}
+    with store.writer() as writer:
+        wanted = [example for example in examples if example.image_id not in store]
+        done = 0
+        progress(done, len(wanted))
+        for batch in images.stream([example.path for example in wanted], encoder.config.image_size, batch_size):
+            failures |= {wanted[index].image_id: error for index, error in batch.failures.items()}
+            if batch.indices:
+                vectors = encoder(batch.pixels.to(encoder.mean.device)).float().cpu().numpy()
+                ids = [wanted[index].image_id for index in batch.indices]
+                writer.append([(image_id, sizes[image_id]) for image_id in ids], vectors)
+            done += len(batch.indices) + len(batch.failures)
+            progress(done, len(wanted))
+    return failures
+
+
+def default_folder(annotations: Annotations, stamp: Stamp) -> Path:
+    """Where the features of a data set are kept if nothing else is said: one folder a set of photos and encoder."""
+    photos = sorted({str(example.path.parent) for example in annotations.examples})
+    place = hashlib.sha256("\n".join(photos).encode()).hexdigest()[:8]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = f"{annotations.name}-{place}-{stamp.encoder}-{stamp.weights_sha256[:8]}-{stamp.image_size}"
+    return cache / "captioner" / "features" / name

@@ -7,8 +7,12 @@ encoder; here values stay 8-bit.
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +95,48 @@ def load(source: Path | str | Image.Image, size: int) -> UInt8[Tensor, "3 height
         # What Pillow's decoders raise on damaged files; the first line of their message is the useful one.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ImageError(f"{path}: cannot be decoded ({reason}); the file is damaged or of an unknown kind") from None
+
+
+@dataclass(frozen=True)
+class PhotoBatch:
+    """Photos that were decoded together."""
+
+    indices: list[int]  # which of the paths these are
+    pixels: UInt8[Tensor, "batch 3 height width"]  # RGB, 0 to 255
+    failures: dict[int, ImageError]  # paths that could not be decoded, by index
+
+
+def stream(paths: Sequence[Path], size: int, batch_size: int) -> Iterator[PhotoBatch]:
+    """Decode photos in the background, a few batches ahead, in their order and in constant memory.
+
+    Threads are enough: Pillow releases the interpreter lock while it decodes and resizes.
+
+    Args:
+        paths: the photos.
+        size: see `load`.
+        batch_size: paths a batch; photos that cannot be decoded are reported in the batch's `failures`.
+    """
+    starts = range(0, len(paths), batch_size)
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        ahead: deque[tuple[int, list[Future[Tensor]]]] = deque()
+        for start in starts:
+            ahead.append((start, [pool.submit(load, path, size) for path in paths[start : start + batch_size]]))
+            if len(ahead) > 2:
+                yield _collect(*ahead.popleft(), size)
+        while ahead:
+            yield _collect(*ahead.popleft(), size)
+
+
+def _collect(start: int, photos: list[Future[Tensor]], size: int) -> PhotoBatch:
+    indices, pixels, failures = [], [], {}
+    for index, photo in enumerate(photos, start):
+        try:
+            pixels.append(photo.result())
+            indices.append(index)
+        except ImageError as error:
+            failures[index] = error
+    stacked = torch.stack(pixels) if pixels else torch.empty((0, 3, size, size), dtype=torch.uint8)
+    return PhotoBatch(indices, stacked, failures)
 
 
 def _to_tensor(image: Image.Image, size: int) -> UInt8[Tensor, "3 height width"]:

@@ -103,7 +103,9 @@ class Vocabulary:
             max_words: longer captions are cut there, and then have no `[end]`: the model must not learn to stop early.
         """
         encoded = [list(encoding.ids) for encoding in self.tokenizer.encode_batch(list(captions))]
-        return encoded if max_words is None else [ids[: max_words + 2] if len(ids) <= max_words + 2 else ids[: max_words + 1] for ids in encoded]
+        if max_words is None:
+            return encoded
+        return [ids if len(ids) <= max_words + 2 else ids[: max_words + 1] for ids in encoded]
 
     def words(self, ids: Iterable[int]) -> list[str]:
         """The words of a caption, up to its first `[end]` and without special tokens."""

@@ -1,0 +1,230 @@
+"""Saved models: folders in the Hugging Face convention.
+
+`model.safetensors` (the decoder, and the encoder where no one else has its weights), `config.json` (how to build them,
+which encoder weights belong to them, and the SHA-256 of the other files), `tokenizer.json` and `README.md` (the model
+card). Nothing is pickled. A folder appears whole or not at all: the one that was there before is replaced only when
+every byte of the new one is on the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from captioner import __version__, weights
+from captioner.config import DecoderConfig, DecodingOptions, EncoderConfig
+from captioner.errors import CaptionerError, CheckpointError
+from captioner.vocabulary import Vocabulary
+
+WEIGHTS, CONFIG, TOKENIZER, CARD = "model.safetensors", "config.json", "tokenizer.json", "README.md"
+_FORMAT = 1
+_ENCODER, _DECODER = "encoder.", "decoder."
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a saved model consists of."""
+
+    encoder: EncoderConfig
+    encoder_sha256: str  # of the encoder's weights, see `encoder.fingerprint`
+    decoder: DecoderConfig
+    decoding: DecodingOptions  # what captions are searched with, where nothing else is said
+    vocabulary: Vocabulary
+    decoder_state: Mapping[str, Tensor]
+    encoder_state: Mapping[str, Tensor] | None  # None: the weights are found where `encoder.weights` says
+    training: Mapping[str, Any]  # what made it: data, options, seed, scores
+
+
+def write(folder: Path, checkpoint: Checkpoint, card: str) -> None:
+    """Write the files of a model into a folder.
+
+    Args:
+        folder: exists; best the one that `replacing` yields.
+        checkpoint: what to save.
+        card: the text of README.md.
+    """
+    state = {_DECODER + name: tensor for name, tensor in checkpoint.decoder_state.items()}
+    state |= {_ENCODER + name: tensor for name, tensor in (checkpoint.encoder_state or {}).items()}
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
+    checkpoint.vocabulary.save(folder / TOKENIZER)
+    (folder / CARD).write_text(card, encoding="utf-8")
+    config = {
+        "model_type": "captioner",
+        "format": _FORMAT,
+        "captioner_version": __version__,
+        "encoder": {
+            **dataclasses.asdict(checkpoint.encoder),
+            "weights_sha256": checkpoint.encoder_sha256,
+            "stored": checkpoint.encoder_state is not None,
+        },
+        "decoder": dataclasses.asdict(checkpoint.decoder),
+        "decoding": dataclasses.asdict(checkpoint.decoding),
+        "vocabulary_size": len(checkpoint.vocabulary),
+        "sha256": {name: _sha256(folder / name) for name in (WEIGHTS, TOKENIZER)},
+        "training": dict(checkpoint.training),
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def read(folder: Path) -> Checkpoint:
+    """Read a model, and check that its files are the ones that were saved together.
+
+    Raises:
+        CheckpointError: a file is missing, altered or of another version; the message says which and how.
+    """
+    config = _read_config(folder)
+    try:
+        encoder = dict(config["encoder"])
+        encoder_sha256, stored = str(encoder.pop("weights_sha256")), bool(encoder.pop("stored"))
+        encoder_config = EncoderConfig(**encoder)
+        decoder_config = DecoderConfig(**config["decoder"])
+        options: dict[str, Any] = dict(config["decoding"])
+        # JSON has lists where the options have tuples.
+        options |= {key: tuple(value) for key, value in options.items() if isinstance(value, list)}
+        decoding = DecodingOptions(**options)
+        hashes = dict(config["sha256"])
+        size = int(config["vocabulary_size"])
+    except (KeyError, TypeError, ValueError, CaptionerError) as error:
+        raise CheckpointError(f"{folder / CONFIG}: not what captioner {__version__} writes ({error!r})") from None
+    for name in (WEIGHTS, TOKENIZER):
+        _check_file(folder / name, hashes.get(name))
+    vocabulary = Vocabulary.load(folder / TOKENIZER)
+    if len(vocabulary) != size:
+        raise CheckpointError(f"{folder / TOKENIZER}: has {len(vocabulary)} words, the model was trained with {size}")
+    state = weights.read(folder / WEIGHTS)
+    return Checkpoint(
+        encoder=encoder_config,
+        encoder_sha256=encoder_sha256,
+        decoder=decoder_config,
+        decoding=decoding,
+        vocabulary=vocabulary,
+        decoder_state=weights.below(_DECODER, state),
+        encoder_state=weights.below(_ENCODER, state) if stored else None,
+        training=config.get("training", {}),
+    )
+
+
+def fill(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Load tensors into a module after comparing names and shapes.
+
+    Raises:
+        CheckpointError: something differs; the message says what.
+    """
+    if different := weights.differences(module.state_dict(), state):
+        raise CheckpointError(f"{what}: does not fit its config.json: {different}")
+    module.load_state_dict(dict(state))
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of `folder` when the block ends without an error.
+
+    Raises:
+        CheckpointError: the new folder cannot be written (a full disk, say); the old one is as it was.
+    """
+    recover(folder)
+    new, old = folder.with_name(f".{folder.name}.new"), _previous(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        yield new
+        for path in new.iterdir():
+            _sync(path)
+        _sync(new)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        _sync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        kept = "; the checkpoint that was there before is kept" if recover(folder) else ""
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{folder}: cannot be saved ({reason}){kept}; make room and run again") from None
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def recover(folder: Path) -> bool:
+    """Finish what a process that was killed between the two renames of `replacing` had begun.
+
+    Returns:
+        Whether there is a folder now.
+    """
+    old = _previous(folder)
+    if old.exists():
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(folder)
+    return folder.exists()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is there whole or, if the process is killed, as it was before."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    _sync(new)
+    new.replace(path)
+
+
+def _previous(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; expected a saved model or the output of train.py")
+    path = folder / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: not a saved model, it has no {CONFIG}; train.py writes one to OUTPUT/best")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged, not JSON ({error}); fetch the model again") from None
+    if not isinstance(config, dict) or config.get("model_type") != "captioner":
+        raise CheckpointError(f"{path}: not a model of captioner")
+    if config.get("format") != _FORMAT:
+        raise CheckpointError(
+            f"{path}: is format {config.get('format')!r}, this captioner {__version__} reads {_FORMAT}; "
+            f"it was written by captioner {config.get('captioner_version')}"
+        )
+    return config
+
+
+def _check_file(path: Path, expected: str | None) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; a saved model consists of {WEIGHTS}, {CONFIG} and {TOKENIZER}")
+    if (found := _sha256(path)) != expected:
+        raise CheckpointError(
+            f"{path}: altered, or of another model (SHA-256 {found[:12]}, {CONFIG} says {str(expected)[:12]}); "
+            "fetch the model again"
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()

@@ -1,0 +1,172 @@
+"""The commands: they parse, call, print, and turn errors into one line and an exit status.
+
+Exit status: 0 all done; 1 done, but some photos could not be read; 2 the request is not possible; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, TextIO
+
+import tyro
+
+from captioner.config import PRESETS, DecodingOptions, TrainingConfig
+from captioner.errors import CaptionerError
+
+
+@dataclass(frozen=True)
+class CaptionArguments:
+    """Write a sentence about each photo."""
+
+    photos: Annotated[tuple[Path, ...], tyro.conf.Positional]  # photos, or folders of photos
+    model: str = "runs/coco"  # folder of a saved model or of a training run, or owner/name on the Hugging Face Hub
+    encoder_weights: Annotated[str | None, tyro.conf.arg(name="encoder.weights")] = None  # where the CNN's weights are
+    format: Literal["text", "jsonl"] = "text"  # "text": sentences; "jsonl": a JSON object a photo
+    output: Path | None = None  # file to write to, instead of standard output
+    decoding: Annotated[DecodingOptions, tyro.conf.arg(name="")] = dataclasses.field(default_factory=DecodingOptions)
+
+
+@dataclass(frozen=True)
+class EvaluateArguments:
+    """Caption a split of a data set and score the captions."""
+
+    data: Path  # a folder in a known layout, or a caption file
+    model: str = "runs/coco"  # folder of a saved model or of a training run, or owner/name on the Hugging Face Hub
+    encoder_weights: Annotated[str | None, tyro.conf.arg(name="encoder.weights")] = None  # where the CNN's weights are
+    images: Path | None = None  # folder of the photos, where the layout does not say it
+    split: Literal["train", "val", "test"] = "val"
+    on_problem: Literal["error", "skip"] = "error"  # missing photos, double ids and so on: stop, or leave them out
+    features: Path | None = None  # folder of the feature store
+    output: Path | None = None  # JSON file for the scores, and for all that they depend on
+    results: Path | None = None  # JSON file for the captions, in COCO's result format
+    decoding: Annotated[DecodingOptions, tyro.conf.arg(name="")] = dataclasses.field(default_factory=DecodingOptions)
+
+
+def train(arguments: Sequence[str] | None = None, prog: str = "train.py") -> int:
+    """Train a model: `train.py PRESET [options]`."""
+    return _guarded(lambda: _train(tyro.extras.overridable_config_cli(PRESETS, args=arguments, prog=prog)))
+
+
+def caption(arguments: Sequence[str] | None = None, prog: str = "caption.py") -> int:
+    """Caption photos: `caption.py PHOTO ... [options]`."""
+    return _guarded(lambda: _caption(arguments, prog))
+
+
+def evaluate(arguments: Sequence[str] | None = None, prog: str = "captioner evaluate") -> int:
+    """Score a model: `captioner evaluate --model DIR --data ...`."""
+    return _guarded(lambda: _evaluate(arguments, prog))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str] | None, str], int]] = {
+    "caption": caption,
+    "train": train,
+    "evaluate": evaluate,
+}
+
+
+def main() -> int:
+    """`captioner COMMAND ...`: what the console script runs."""
+    names = ", ".join(COMMANDS)
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(f"usage: captioner COMMAND [options]\n\ncommands: {names}; captioner COMMAND --help tells more")
+        return 0 if len(sys.argv) > 1 else 2
+    command, *arguments = sys.argv[1:]
+    if command not in COMMANDS:
+        print(f"captioner: {command!r} is no command; expected one of {names}", file=sys.stderr)
+        return 2
+    return COMMANDS[command](arguments, f"captioner {command}")
+
+
+def _guarded(command: Callable[[], int]) -> int:
+    """Run a command; errors that are not ours to fix become one line."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("captioner").setLevel(logging.INFO)
+    try:
+        return command()
+    except CaptionerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was saved is kept, and the same command goes on from there", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read our output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _train(config: TrainingConfig) -> int:
+    from captioner import shapes
+    from captioner.training import train as run
+
+    if config.data.data == PRESETS["shapes"][1].data.data:
+        shapes.generate(config.data.data)
+    history = run(config)
+    best = history.epochs[history.best_epoch - 1]
+    print(
+        f"best epoch {history.best_epoch} of {history.epoch}: validation BLEU-4 {best['bleu_4']:.4f}, "
+        f"CIDEr {best['cider']:.4f}; {history.seconds / 60:.1f} minutes; the model is in {config.output / 'best'}"
+    )
+    return 0
+
+
+def _caption(arguments: Sequence[str] | None, prog: str) -> int:
+    chosen = tyro.cli(CaptionArguments, args=arguments, prog=prog)
+    from captioner import images
+    from captioner.bulk import caption_photos
+    from captioner.model import Captioner
+
+    paths = images.find(chosen.photos)
+    captioner = Captioner.from_pretrained(chosen.model, encoder_weights=chosen.encoder_weights)
+    # Options that were not given are those that the model was validated with.
+    options = tyro.cli(
+        CaptionArguments, args=arguments, prog=prog, default=dataclasses.replace(chosen, decoding=captioner.options)
+    ).decoding
+    bad = 0
+    with _writer(chosen.output) as out:
+        for photo in caption_photos(captioner, paths, options):
+            if photo.error is not None:
+                bad += 1
+                print(f"error: {photo.error}", file=sys.stderr)
+            elif chosen.format == "jsonl":
+                row: dict[str, object] = {"image": str(photo.path), "caption": photo.captions[0].text}
+                if options.num_captions > 1:
+                    row["captions"] = [{"caption": c.text, "logprob": c.logprob} for c in photo.captions]
+                print(json.dumps(row, ensure_ascii=False), file=out, flush=True)
+            else:
+                name = f"{photo.path}: " if len(paths) > 1 else ""
+                for found in photo.captions:
+                    probability = f"  ({found.logprob:.2f})" if options.num_captions > 1 else ""
+                    print(f"{name}{found.text}{probability}", file=out, flush=True)
+    if bad:
+        print(f"{len(paths) - bad} of {len(paths)} photos captioned, {bad} could not be read", file=sys.stderr)
+    return 1 if bad else 0
+
+
+def _evaluate(arguments: Sequence[str] | None, prog: str) -> int:
+    chosen = tyro.cli(EvaluateArguments, args=arguments, prog=prog)
+    raise NotImplementedError
+
+
+@contextmanager
+def _writer(path: Path | None) -> Iterator[TextIO]:
+    """Standard output, or a file that takes its name when it is complete; until then its rows are in FILE.part."""
+    if path is None:
+        yield sys.stdout
+        return
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("w", encoding="utf-8") as out:
+            yield out
+        part.replace(path)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise CaptionerError(f"{path}: cannot be written ({error.strerror}); what was written is in {part}") from None

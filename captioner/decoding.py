@@ -1,0 +1,327 @@
+"""How captions are searched for, over anything that can `start` and `step`.
+
+One loop writes all captions of many photos at once, word by word (`_search`). What is kept after each word is decided
+by a policy: beam search, diverse beam search, sampling (`policies.py`) or beam search with required words
+(`constraints.py`). The loop keeps no captions, only what was chosen at each step and from which beam: the words are
+read off backwards at the end.
+
+Log-probabilities are the model's own: natural logs of a softmax over the whole vocabulary, with `[pad]`, `[start]`
+and `[unk]` in it although they are never written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from captioner.config import DecodingOptions
+from captioner.constraints import Bans, ConstrainedBeamSearch, SpecialTokens
+from captioner.policies import Beams, BeamSearch, Choice, Policy, Sampling, largest, log
+
+__all__ = ["Hypothesis", "SpecialTokens", "State", "StepModel", "decode"]
+
+_Integers = npt.NDArray[np.int64]
+
+#: Hidden state: tensors of `(layers, batch, hidden)`.
+State = tuple[Tensor, ...]
+
+# Rows that the model computes at once. On a processor their logits should stay in the cache.
+_ROWS_CPU, _ROWS_GPU = 320, 32768
+
+
+class StepModel(Protocol):
+    """What the search needs of a model."""
+
+    def start(self, features: Float[Tensor, "batch 4096"], /) -> State:
+        """The hidden state that a photo sets."""
+        ...
+
+    def step(self, tokens: Int[Tensor, " batch"], state: State, /) -> tuple[Float[Tensor, "batch vocabulary"], State]:
+        """Read one word; the logits of the word that follows, and the next hidden state."""
+        ...
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A caption that the search found."""
+
+    tokens: tuple[int, ...]  # ids of the words, without [start] and [end]
+    logprob: float  # natural log of the probability of the words (and of [end], where it was found)
+    score: float  # what hypotheses are ranked by: logprob after length normalisation
+    finished: bool  # ended with [end], rather than cut at max_words or because no word could follow
+    satisfied: bool = True  # has every required word
+
+
+@dataclass(frozen=True)
+class Step:
+    """What happened at one word; `(searches, beams)` each."""
+
+    before: Float[Tensor, "searches beams"]  # log-probabilities of the captions that were to be continued
+    choice: Choice  # what became of them
+    considered: tuple[Tensor, Tensor] | None = None  # log-probabilities and words, `(searches, beams, n)`, if asked for
+
+
+@torch.inference_mode()
+def decode(
+    model: StepModel | Sequence[StepModel],
+    features: Float[Tensor, "batch 4096"],
+    special: SpecialTokens,
+    options: DecodingOptions,
+) -> list[list[Hypothesis]]:
+    """Write captions.
+
+    A model whose logits give no probabilities (NaN among them, or all of them -inf) cuts the caption there, and every
+    photo still gets one, if need be an empty one. The captions of a photo depend neither on the other photos nor on
+    their order.
+
+    Args:
+        model: the decoder, in evaluation mode; or several that share a vocabulary, whose probabilities are averaged.
+        features: what the encoder saw, `(batch, 4096)`.
+        special: the vocabulary, or only the ids of its special tokens where the options name no words.
+        options: how to search.
+
+    Returns:
+        For every photo its captions, best first: `options.num_captions` of them, or as many as there are.
+
+    Raises:
+        ValueError: a model is in training mode, or the models differ in the size of their vocabulary.
+        CaptionerError: the options name words that cannot be used as asked.
+    """
+    models = list(model) if isinstance(model, Sequence) else [model]
+    if not models:
+        raise ValueError("there is no model; expected one or more")
+    if any(isinstance(each, torch.nn.Module) and each.training for each in models):
+        raise ValueError("the decoder is in training mode, which drops units at random; call .eval() first")
+    found: list[list[Hypothesis]] = []
+    for some in features.split(_together(features.device, special, options)):
+        captions, _ = search(models, some, special, options)
+        missed = [i for i, caption in enumerate(captions) if not caption[0].satisfied]
+        if missed:  # what is required cannot be had: the caption without it is better than none
+            relaxed, _ = search(models, some[missed], special, replace(options, required_words=()))
+            for i, best in zip(missed, relaxed, strict=True):
+                captions[i] = [replace(hypothesis, satisfied=False) for hypothesis in best]
+        found += captions
+    return found
+
+
+def search(
+    models: Sequence[StepModel],
+    features: Float[Tensor, "batch 4096"],
+    special: SpecialTokens,
+    options: DecodingOptions,
+    watch: bool = False,
+) -> tuple[list[list[Hypothesis]], list[Step]]:
+    """Write the captions of a batch, all at once.
+
+    Args:
+        models: whose probabilities are averaged.
+        features: `(batch, 4096)`.
+        special: the vocabulary, or only the ids of its special tokens.
+        options: how to search.
+        watch: keep the likeliest words of every caption at every step, whether or not they were chosen.
+
+    Returns:
+        For every photo its captions, best first, and what happened at each step.
+    """
+    images, device = features.shape[0], features.device
+    policy = _policy(options, special, features)
+    searches, beams = images * policy.searches, policy.beams
+    bans = Bans(options, special, searches, device)
+    roster = _Roster(searches, beams, device)
+
+    # Every search begins with one beam that has no word yet, and so the first step has one row a search.
+    logprob = torch.full((searches, beams), -torch.inf, device=device)
+    logprob[:, 0] = 0
+    rows = torch.arange(searches, device=device) * beams
+    tokens = torch.full((searches,), special.start, dtype=torch.long, device=device)
+    starts = [model.start(features) for model in models]
+    states = [tuple(part.repeat_interleave(policy.searches, dim=1) for part in state) for state in starts]
+
+    steps: list[Step] = []
+    best = torch.full((searches, policy.wanted), -torch.inf, device=device)  # scores of the best that ended
+    ended = torch.zeros(searches, dtype=torch.long, device=device)
+    for time in range(options.max_words):
+        probabilities, states = _ask(models, tokens, states)
+        now = Beams(logprob, rows)
+        bans.apply(probabilities, time, now)
+        considered = _consider(probabilities, now) if watch else None
+        choice = policy.choose(probabilities, now)
+        bans.follow(choice)
+        steps.append(Step(logprob, choice, considered))
+
+        # A beam goes on while it can still be among the best, and a search until as many ended as it has beams.
+        ended = ended + (choice.ended > -torch.inf).sum(dim=1)
+        best = torch.cat([best, _score(choice.ended, time + 1, options)], dim=1).topk(policy.wanted).values
+        promising = _score(choice.logprob, options.max_words, options) > best[:, -1:]
+        logprob = choice.logprob.masked_fill(~promising | (ended >= policy.quota)[:, None], -torch.inf)
+
+        before, rows = rows, roster.survivors(logprob)
+        if not len(rows):
+            break
+        parents = (torch.arange(searches, device=device)[:, None] * beams + choice.parent).flatten()[rows]
+        slots = torch.zeros(searches * beams, dtype=torch.long, device=device)
+        slots[before] = torch.arange(len(before), device=device)
+        states = [tuple(part.index_select(1, slots[parents]) for part in state) for state in states]
+        tokens = choice.word.flatten()[rows]
+    return _captions(steps, logprob, policy, options), steps
+
+
+def _policy(options: DecodingOptions, special: SpecialTokens, features: Tensor) -> Policy:
+    if options.method == "sample":
+        return Sampling(options, special.end, features)
+    if options.required_words:
+        return ConstrainedBeamSearch(options, special, len(features), features.device)
+    return BeamSearch(options, special.end)
+
+
+def _together(device: torch.device, special: SpecialTokens, options: DecodingOptions) -> int:
+    """Photos that are searched for at once."""
+    policy = _policy(options, special, torch.zeros(0, 4096))
+    rows = _ROWS_CPU if device.type == "cpu" else _ROWS_GPU
+    return max(1, rows // (policy.searches * policy.beams))
+
+
+def _ask(
+    models: Sequence[StepModel], tokens: Int[Tensor, " rows"], states: Sequence[State]
+) -> tuple[Float[Tensor, "rows vocabulary"], list[State]]:
+    """The probability of every word to come next, the mean over models; NaN where a model knows none."""
+    answers = [model.step(tokens, state) for model, state in zip(models, states, strict=True)]
+    probabilities = [logits.softmax(dim=1) for logits, _ in answers]
+    if len({each.shape for each in probabilities}) > 1:
+        sizes = " and ".join(str(each.shape[1]) for each in probabilities)
+        raise ValueError(f"the models know {sizes} words; expected models that share a vocabulary")
+    mean = probabilities[0] if len(models) == 1 else torch.stack([p.float() for p in probabilities]).mean(dim=0)
+    return mean, [state for _, state in answers]
+
+
+def _consider(probabilities: Tensor, beams: Beams) -> tuple[Tensor, Tensor]:
+    """The likeliest words to follow each caption, for `explain`."""
+    probability, word = largest(probabilities, min(beams.logprob.shape[1] + 1, probabilities.shape[1]))
+    return beams.spread(log(probability), -torch.inf), beams.spread(word, 0)
+
+
+def _score(logprob: Tensor, length: int, options: DecodingOptions) -> Tensor:
+    """What captions are ranked by.
+
+    Args:
+        logprob: any shape.
+        length: predictions that it is the sum of: the words, and `[end]` where it was found.
+        options: "gnmt" is equation 14 of Wu et al. 2016 without its coverage term.
+    """
+    if options.length_normalisation == "average":
+        return logprob / length
+    if options.length_normalisation == "gnmt":
+        return logprob / ((5 + length) / 6) ** options.gnmt_alpha
+    return logprob
+
+
+class _Roster:
+    """Which rows the model is still needed for.
+
+    A processor knows at once, and drops every beam that is over. A GPU would have to be waited for: there, whether
+    a search is over is copied back while it works on, and the search is dropped some steps later.
+    """
+
+    def __init__(self, searches: int, beams: int, device: torch.device) -> None:
+        self._beams = beams
+        self._searches = torch.arange(searches, device=device)
+        self._waits = device.type != "cuda"
+        self._asked: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def survivors(self, logprob: Float[Tensor, "searches beams"]) -> Int[Tensor, " rows"]:
+        """Rows of the flattened grid that go on; on a GPU some that are over may be among them."""
+        if self._waits:
+            return (logprob > -torch.inf).flatten().nonzero()[:, 0]
+        if self._asked is None:
+            alive = torch.empty(len(logprob), dtype=torch.bool, pin_memory=True)
+            alive.copy_((logprob > -torch.inf).any(dim=1), non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._asked = alive, event
+        elif self._asked[1].query():
+            self._searches = self._asked[0].nonzero()[:, 0].to(logprob.device, non_blocking=True)
+            self._asked = None
+        places = torch.arange(self._beams, device=logprob.device)
+        return (self._searches[:, None] * self._beams + places).flatten()
+
+
+def _captions(
+    steps: Sequence[Step], cut: Float[Tensor, "searches beams"], policy: Policy, options: DecodingOptions
+) -> list[list[Hypothesis]]:
+    """Collect what ended and what was cut, and rank it.
+
+    Args:
+        steps: what happened.
+        cut: log-probabilities of captions that were still being written after the last step.
+        policy: the policy of the search.
+        options: what captions are ranked by, and how many are wanted.
+    """
+    # (words, searches, beams): log-probability of what ended with so many words; in the last place, of what was cut.
+    outcomes = torch.stack([*(step.choice.ended for step in steps), cut]).cpu()
+    scores = torch.stack([_score(part, min(n + 1, len(steps)), options) for n, part in enumerate(outcomes)])
+    before = torch.stack([step.before for step in steps]).cpu()
+    # A search in which nothing ended and nothing was cut came to a dead end: its caption is the best that it last had.
+    dead = (outcomes == -torch.inf).all(dim=2).all(dim=0)
+    last = (before > -torch.inf).any(dim=2).long().cumsum(dim=0).argmax(dim=0)  # the last step that had a caption
+    for number in dead.nonzero()[:, 0].tolist():
+        beam = int(before[last[number], number].argmax())
+        outcomes[last[number], number, beam] = before[last[number], number, beam]
+        scores[last[number], number, beam] = _score(
+            outcomes[last[number], number, beam], int(last[number]) or 1, options
+        )
+
+    words, search, beam = np.nonzero(outcomes.numpy() > -np.inf)
+    logprob, score = outcomes.numpy()[words, search, beam], scores.numpy()[words, search, beam]
+    stuck = dead.numpy()[search]
+    finished = (words < len(steps)) & ~stuck
+    image = search // policy.searches
+    order = np.lexsort((-score, stuck, image))
+    # Groups may find the same caption, so that up to `searches` times as many are read.
+    rank = np.arange(len(order)) - np.searchsorted(image[order], image[order])
+    order = order[rank < options.num_captions * policy.searches]
+
+    captions: list[list[Hypothesis]] = [[] for _ in range(outcomes.shape[1] // policy.searches)]
+    tokens = _read_back(steps, words[order], search[order], beam[order])
+    for event, row in zip(order.tolist(), tokens, strict=True):
+        found = captions[image[event]]
+        hypothesis = Hypothesis(
+            tokens=tuple(row[: words[event]]),
+            logprob=float(logprob[event]),
+            score=float(score[event]),
+            finished=bool(finished[event]),
+            satisfied=not (stuck[event] and options.required_words),
+        )
+        again = policy.distinct and any(h.tokens == hypothesis.tokens for h in found)
+        if len(found) < options.num_captions and not again:
+            found.append(hypothesis)
+    return captions
+
+
+def _read_back(steps: Sequence[Step], words: _Integers, search: _Integers, beam: _Integers) -> list[list[int]]:
+    """Follow captions from their last word to their first, all at once.
+
+    Args:
+        steps: what happened.
+        words: how many each caption has, `(captions,)`.
+        search: which search each belongs to.
+        beam: which beam each was, after so many words.
+
+    Returns:
+        The words of each, and after them zeros up to the same length.
+    """
+    tokens = np.zeros((len(words), len(steps)), dtype=np.int64)
+    choices = [(step.choice.parent.cpu().numpy(), step.choice.word.cpu().numpy()) for step in steps]
+    for time in reversed(range(len(steps))):
+        parent, word = choices[time]
+        written = words > time
+        tokens[written, time] = word[search[written], beam[written]]
+        beam = np.where(written, parent[search, beam], beam)
+    result: list[list[int]] = tokens.tolist()
+    return result

@@ -1,0 +1,75 @@
+"""METEOR and SPICE through pycocoevalcap and Java, for those who need them.
+
+Both are Java programs (Denkowski & Lavie 2014; Anderson et al., ECCV 2016) that nothing else here needs. SPICE also
+needs Stanford's models, which pycocoevalcap fetches on its first use, and in practice Java 8; here nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import shutil
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from captioner.metrics.ngrams import FloatArray
+from captioner.metrics.scoring import check_ids
+from captioner.metrics.tokenization import tokenize_all
+
+JAVA_METRICS = ("meteor", "spice")
+"""The names of the scores that need Java."""
+
+
+def java_scores(
+    references: Mapping[Hashable, Sequence[str]], hypotheses: Mapping[Hashable, str], metric: str
+) -> tuple[float, FloatArray]:
+    """METEOR or SPICE of raw captions, tokenised as for the other scores.
+
+    Args:
+        references: one or more captions of each image.
+        hypotheses: the caption to score of each image; the same images.
+        metric: "meteor" or "spice".
+
+    Returns:
+        The score of the corpus, 0 to 1, and those of the images in the order of `references`, (images,).
+
+    Raises:
+        ValueError: something that is needed is missing (the message says what), the images differ, or Java failed.
+    """
+    if metric not in JAVA_METRICS:
+        raise ValueError(f"there is no Java metric {metric!r}; there are {' and '.join(JAVA_METRICS)}")
+    check_ids(references, hypotheses)
+    missing = why_not(metric)
+    if missing:
+        raise ValueError(missing)
+    tokens = iter(tokenize_all([text for texts in references.values() for text in texts]))
+    gts = {row: [" ".join(next(tokens)) for _ in texts] for row, texts in enumerate(references.values())}
+    captions = tokenize_all([hypotheses[image] for image in references])
+    res = {row: [" ".join(caption)] for row, caption in enumerate(captions)}
+    try:
+        scorer: Any = getattr(importlib.import_module(f"pycocoevalcap.{metric}.{metric}"), metric.capitalize())()
+        score, per_image = scorer.compute_score(gts, res)
+    except Exception as error:  # whatever a Java program does when it fails
+        raise ValueError(f"{metric} failed in Java: {error}") from None
+    if metric == "spice":
+        per_image = [scores["All"]["f"] for scores in per_image]
+    return float(score), np.array(per_image, dtype=np.float64)
+
+
+def why_not(metric: str) -> str | None:
+    """What keeps a Java metric from being computed here, with what to do about it; None if nothing does."""
+    spec = importlib.util.find_spec("pycocoevalcap")
+    if spec is None or not spec.submodule_search_locations:
+        return f"{metric} needs pycocoevalcap, which is not installed; install it: pip install pycocoevalcap"
+    if shutil.which("java") is None:
+        return f"{metric} needs Java, which is not on the path; install a JRE, such as Debian's default-jre-headless"
+    library = Path(next(iter(spec.submodule_search_locations))) / "spice" / "lib"
+    if metric == "spice" and not list(library.glob("stanford-corenlp-*-models.jar")):
+        return (
+            f"spice needs Stanford CoreNLP and its models in {library}; fetch them: "
+            "python -m pycocoevalcap.spice.get_stanford_models"
+        )
+    return None

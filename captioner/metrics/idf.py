@@ -1,0 +1,107 @@
+"""Document frequencies for CIDEr that can be saved and used again.
+
+CIDEr weighs an n-gram by how few images have it in their references. With one image, or a handful, those
+frequencies mean nothing (with one, every score is 0); frequencies of a large corpus give meaningful scores.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from captioner.metrics.ngrams import BASE, ORDERS, IntArray, ReferenceIndex
+from captioner.metrics.tokenization import tokenize
+
+_FORMAT = "captioner-idf-1"
+
+
+@dataclass(frozen=True)
+class Idf:
+    """In how many images of a corpus each n-gram occurs.
+
+    N-grams of a single image are left out: they weigh as much as unseen ones, and are most of a corpus.
+    """
+
+    images: int  # images in the corpus
+    words: tuple[Hashable, ...]  # the words that occur in more than one image
+    keys: tuple[IntArray, ...]  # per order, (ngrams,) sorted `prefix * 2**32 + word`, see `captioner.metrics.ngrams`
+    frequency: tuple[IntArray, ...]  # per order, (ngrams,) images that have the n-gram, >= 2
+
+    @classmethod
+    def from_references(cls, references: Mapping[Hashable, Sequence[str]]) -> Idf:
+        """Counts raw references, several per image.
+
+        Raises:
+            ValueError: an image has no reference.
+        """
+        return cls.from_tokens({image: [tokenize(text) for text in texts] for image, texts in references.items()})
+
+    @classmethod
+    def from_tokens(cls, references: Mapping[Hashable, Sequence[Sequence[Hashable]]]) -> Idf:
+        """Counts tokenised references, several per image; tokens are anything hashable, only words can be saved.
+
+        Raises:
+            ValueError: an image has no reference.
+        """
+        index = ReferenceIndex(references)
+        old_words = list(index.vocabulary)
+        first = index.orders[0].document_frequency  # the unigrams are the words, in the order of their numbers
+        kept_words = np.flatnonzero(first > 1)
+        new_word = np.full(len(old_words), -1, dtype=np.int64)
+        new_word[kept_words] = np.arange(len(kept_words))
+        new_prefix = np.zeros(1, dtype=np.int64)
+        keys: list[IntArray] = []
+        frequency: list[IntArray] = []
+        for order in index.orders:
+            kept = np.flatnonzero(order.document_frequency > 1)
+            # words and prefixes of what is kept are kept themselves: they occur wherever it occurs
+            key = new_prefix[order.keys[kept] // BASE] * BASE + new_word[order.keys[kept] % BASE]
+            new_prefix = np.full(len(order.keys), -1, dtype=np.int64)
+            new_prefix[kept] = np.arange(len(kept))  # renumbering keeps the order, so the keys stay sorted
+            keys.append(key)
+            frequency.append(order.document_frequency[kept])
+        return cls(len(index), tuple(old_words[word] for word in kept_words), tuple(keys), tuple(frequency))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file; equal frequencies give equal bytes.
+
+        Raises:
+            ValueError: the tokens are not words.
+        """
+        from safetensors.numpy import save_file
+
+        words = [word for word in self.words if isinstance(word, str) and "\n" not in word]
+        if len(words) < len(self.words):
+            raise ValueError("only document frequencies of words can be saved; count references tokenised into strings")
+        text = np.frombuffer("\n".join(words).encode(), dtype=np.uint8)
+        tensors: dict[str, npt.NDArray[np.generic]] = {"words": text}
+        for n in range(ORDERS):
+            tensors[f"keys_{n + 1}"] = self.keys[n]
+            tensors[f"frequency_{n + 1}"] = self.frequency[n].astype(np.int32)
+        save_file(tensors, os.fspath(path), metadata={"format": _FORMAT, "images": str(self.images)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Idf:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: the file is missing or is not such a file.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        name = os.fspath(path)
+        try:
+            with safe_open(name, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError(f"{name} holds no document frequencies; make one with Idf.save")
+                words = bytes(file.get_tensor("words")).decode()
+                keys = tuple(file.get_tensor(f"keys_{n + 1}") for n in range(ORDERS))
+                frequency = tuple(file.get_tensor(f"frequency_{n + 1}").astype(np.int64) for n in range(ORDERS))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{name} cannot be read as document frequencies: {error}") from None
+        return cls(int(metadata["images"]), tuple(words.split("\n")) if words else (), keys, frequency)

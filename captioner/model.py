@@ -1,0 +1,242 @@
+"""The captioner: encoder, decoder and vocabulary together."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from captioner import checkpoint, images
+from captioner.card import model_card
+from captioner.config import DecodingOptions
+from captioner.decoder import Decoder
+from captioner.decoding import decode
+from captioner.encoder import Encoder
+from captioner.errors import CheckpointError
+from captioner.vocabulary import Vocabulary
+
+#: Images whose captions are searched for together: large enough for efficient matrix products, small in memory.
+_TOGETHER = 256
+
+Photo = Path | str | Image.Image
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A sentence about a photo."""
+
+    text: str
+    tokens: tuple[str, ...]  # the words, as the decoder wrote them
+    logprob: float  # natural log of the caption's probability given the photo
+    finished: bool  # ended by the model, rather than cut at the longest length
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Captioner:
+    """Looks at photos and writes sentences about them."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        decoder: Decoder,
+        vocabulary: Vocabulary,
+        options: DecodingOptions | None = None,
+        training: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Put a model together.
+
+        Args:
+            encoder: photo -> feature.
+            decoder: feature -> ids of words.
+            vocabulary: ids -> text.
+            options: how captions are searched for.
+            training: what made the model, in JSON's types; it is saved with it and told in its model card.
+        """
+        self.encoder = encoder
+        self.decoder = decoder
+        self.vocabulary = vocabulary
+        self.options = options or DecodingOptions()
+        self.training = dict(training or {})
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str | Path, *, encoder_weights: str | None = None, device: str | torch.device | None = None
+    ) -> Captioner:
+        """Load a saved model.
+
+        Args:
+            model: its folder, the folder of a training run (its best checkpoint is taken), or `owner/name` on the
+                Hugging Face Hub.
+            encoder_weights: where the weights of the CNN are, if not where the model says.
+            device: where to compute; by default a GPU if there is one.
+
+        Raises:
+            CheckpointError: the model is missing, incomplete or altered, or the encoder's weights are not those that
+                it was trained with.
+            WeightsError: the encoder's weights are not there.
+        """
+        folder = find(model)
+        saved = checkpoint.read(folder)
+        config = saved.encoder
+        if encoder_weights is not None and saved.encoder_state is None:
+            config = dataclasses.replace(config, weights=encoder_weights)
+        encoder = Encoder(config, saved.encoder_state)
+        if encoder.weights_sha256 != saved.encoder_sha256:
+            raise CheckpointError(
+                f"{folder}: was trained with other {config.name} weights than those of {config.weights!r} "
+                f"({saved.encoder_sha256[:12]}, not {encoder.weights_sha256[:12]}); "
+                "give the right file with --encoder.weights"
+            )
+        decoder = Decoder(saved.decoder, len(saved.vocabulary))
+        checkpoint.fill(decoder, saved.decoder_state, str(folder / checkpoint.WEIGHTS))
+        captioner = cls(encoder, decoder, saved.vocabulary, saved.decoding, saved.training)
+        return captioner.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Save the model as a folder, which is replaced as a whole if it exists.
+
+        Raises:
+            CheckpointError: it cannot be written; what was there before is kept.
+        """
+        with checkpoint.replacing(Path(folder)) as new:
+            self.write(new)
+
+    def write(self, folder: Path) -> None:
+        """Write the model's files into a folder that exists."""
+        # Random weights can be had nowhere else; those that can are named, and known again by their hash.
+        stored = self.encoder.config.weights == "random"
+        saved = checkpoint.Checkpoint(
+            encoder=self.encoder.config,
+            encoder_sha256=self.encoder.weights_sha256,
+            decoder=self.decoder.config,
+            decoding=self.options,
+            vocabulary=self.vocabulary,
+            decoder_state=self.decoder.state_dict(),
+            encoder_state=self.encoder.body.state_dict() if stored else None,
+            training=self.training,
+        )
+        checkpoint.write(folder, saved, model_card(saved))
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Upload the model to the Hugging Face Hub, and return its address.
+
+        Raises:
+            CheckpointError: the Hub cannot be reached, or refuses.
+        """
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError
+
+        api = HfApi(token=token)
+        try:
+            url = api.create_repo(repo_id, private=private, exist_ok=True)
+            with tempfile.TemporaryDirectory() as folder:
+                self.write(Path(folder))
+                api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload captioner model")
+        except (OSError, HfHubHTTPError, ValueError) as error:
+            raise CheckpointError(f"{repo_id}: cannot be uploaded ({_first_line(error)})") from None
+        return str(url)
+
+    def to(self, device: str | torch.device) -> Captioner:
+        """Move the model to a device."""
+        self.encoder.to(device)
+        self.decoder.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.decoder.output.weight.device
+
+    def caption(self, photo: Photo, options: DecodingOptions | None = None) -> Caption:
+        """Write the best sentence about one photo.
+
+        Args:
+            photo: a file, or an image in memory.
+            options: how to search; by default as the model was validated.
+
+        Raises:
+            ImageError: the photo cannot be decoded.
+        """
+        pixels = images.load(photo, self.encoder.config.image_size)
+        return self.describe(self.encoder(pixels[None].to(self.device)), options)[0][0]
+
+    @torch.inference_mode()
+    def describe(
+        self, features: Float[Tensor, "batch 4096"], options: DecodingOptions | None = None
+    ) -> list[list[Caption]]:
+        """Write captions from features.
+
+        Args:
+            features: what the encoder saw, `(batch, 4096)`, of any float type.
+            options: how to search; by default as the model was validated.
+
+        Returns:
+            `options.num_captions` captions a photo, best first.
+        """
+        was_training = self.decoder.training
+        self.decoder.eval()
+        found = [
+            [
+                Caption(
+                    text=self.vocabulary.decode(hypothesis.tokens),
+                    tokens=tuple(self.vocabulary.words(hypothesis.tokens)),
+                    logprob=hypothesis.logprob,
+                    finished=hypothesis.finished,
+                )
+                for hypothesis in hypotheses
+            ]
+            for some in torch.split(features, _TOGETHER)
+            for hypotheses in decode(
+                self.decoder, some.to(self.device, torch.float32), self.vocabulary, options or self.options
+            )
+        ]
+        self.decoder.train(was_training)
+        return found
+
+
+def find(model: str | Path) -> Path:
+    """The folder of a saved model: itself, the best of a training run, or a download from the Hub.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    folder = Path(model)
+    if not folder.exists() and not checkpoint.recover(folder) and _is_hub_name(str(model)):
+        return _download(str(model))
+    if (folder / "last").exists() or checkpoint.recover(folder / "best"):
+        best = folder / "best"
+        if not checkpoint.recover(best):
+            raise CheckpointError(f"{folder}: has no best checkpoint yet; wait for its first validation")
+        return best
+    return folder
+
+
+def _is_hub_name(model: str) -> bool:
+    parts = model.split("/")
+    return len(parts) == 2 and all(part and part not in (".", "..") for part in parts)
+
+
+def _download(repo_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors", "README.md"]))
+    except (OSError, HfHubHTTPError, ValueError) as error:
+        raise CheckpointError(
+            f"{repo_id}: no such folder, and not to be had from the Hugging Face Hub ({_first_line(error)})"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

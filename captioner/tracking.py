@@ -1,0 +1,105 @@
+"""Weights & Biases: what a training run reports there."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import wandb
+
+log = logging.getLogger(__name__)
+
+
+class Tracker:
+    """A run of Weights & Biases, or nothing where that is not wanted."""
+
+    def __init__(self, run: wandb.Run | None) -> None:
+        self._run = run
+
+    @classmethod
+    def start(cls, folder: Path, project: str, config: Mapping[str, Any], run_id: str | None) -> Tracker:
+        """Begin a run, or go on with one.
+
+        Where there is no API key, or no way to the server, the run is kept in the folder instead, and a line says how
+        to upload it.
+
+        Args:
+            folder: of the training run; files of Weights & Biases go to `wandb/` in it.
+            project: its name there.
+            config: all settings, in JSON's types.
+            run_id: of the run to go on with; None starts a new one.
+        """
+        import wandb
+
+        begin = functools.partial(
+            wandb.init,
+            project=project,
+            config=dict(config),
+            dir=folder,
+            id=run_id,
+            resume="allow",
+            settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+        )
+        # A mode that was chosen outside (WANDB_MODE, `wandb offline`) is respected.
+        mode: Any = wandb.setup().settings.mode
+        if mode == "online" and not wandb.login(prompt=False):
+            mode = "offline"
+        try:
+            run = begin(mode=mode)
+        except wandb.errors.Error as error:
+            log.warning("Weights & Biases cannot be reached (%s)", (str(error).splitlines() or ["no reason given"])[0])
+            mode = "offline"
+            run = begin(mode=mode)
+        if mode == "offline":
+            kept = Path(run.settings.sync_dir)
+            log.info("Weights & Biases: offline; upload this run with `wandb login` and `wandb sync %s`", kept)
+        elif mode == "online":
+            log.info("Weights & Biases: %s", run.url)
+        return cls(run)
+
+    @property
+    def run_id(self) -> str | None:
+        """Identifies the run, so that it can be gone on with."""
+        return None if self._run is None else self._run.id
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Report numbers.
+
+        Args:
+            step: of the optimiser, from 1.
+            values: number by name; a slash groups them in charts.
+        """
+        if self._run is not None:
+            self._run.log({**values, "step": step})
+
+    def samples(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Report photos with captions as a table.
+
+        Args:
+            step: of the optimiser.
+            columns: names; the values of the one called "photo" are paths.
+            rows: a list of values each.
+        """
+        if self._run is None:
+            return
+        import wandb
+
+        photo = list(columns).index("photo")
+        table = wandb.Table(columns=list(columns))
+        for row in rows:
+            table.add_data(*row[:photo], wandb.Image(str(row[photo])), *row[photo + 1 :])
+        self._run.log({"samples": table, "step": step})
+
+    def finish(self, summary: Mapping[str, float]) -> None:
+        """End the run.
+
+        Args:
+            summary: the numbers that it is remembered by.
+        """
+        if self._run is not None:
+            self._run.summary.update(dict(summary))
+            self._run.finish()

@@ -1,0 +1,99 @@
+"""Scores against pycocoevalcap and against values worked out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from captioner import metrics
+
+TOLERANCE = 1e-9
+
+words = st.sampled_from(["a", "man", "dog", "on", "the", "grass", "runs", "red"])
+sentences = st.lists(words, max_size=12)
+
+
+def peer_scores(references, hypotheses):
+    """pycocoevalcap's scores of tokenised captions: of the corpus and of each image."""
+    bleu = pytest.importorskip("pycocoevalcap.bleu.bleu")
+    cider = pytest.importorskip("pycocoevalcap.cider.cider")
+    rouge = pytest.importorskip("pycocoevalcap.rouge.rouge")
+    gts = {image: [" ".join(tokens) for tokens in texts] for image, texts in references.items()}
+    res = {image: [" ".join(tokens)] for image, tokens in hypotheses.items()}
+    corpus, per_image = {}, {}
+    totals, lists = bleu.Bleu(4).compute_score(gts, res, verbose=0)
+    for n in range(4):
+        corpus[f"bleu_{n + 1}"], per_image[f"bleu_{n + 1}"] = totals[n], lists[n]
+    corpus["rouge_l"], per_image["rouge_l"] = rouge.Rouge().compute_score(gts, res)
+    for name in ("cider", "cider_d"):
+        corpus[name], per_image[name] = cider.Cider().compute_score(gts, res)
+    return corpus, per_image
+
+
+def assert_equal_to_peer(references, hypotheses):
+    scores = metrics.evaluate_tokens(references, hypotheses)
+    corpus, per_image = peer_scores(references, hypotheses)
+    assert list(scores.corpus) == list(metrics.METRICS)
+    for name in metrics.METRICS:
+        assert scores.corpus[name] == pytest.approx(corpus[name], abs=TOLERANCE, rel=0), name
+        np.testing.assert_allclose(scores.per_image[name], per_image[name], atol=TOLERANCE, rtol=0, err_msg=name)
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=150)
+def test_equals_pycocoevalcap_on_generated_corpora(data):
+    images = data.draw(st.integers(1, 6))
+    references = {i: data.draw(st.lists(sentences, min_size=1, max_size=4)) for i in range(images)}
+    if not any(tokens for texts in references.values() for tokens in texts):
+        references[0][0] = ["dog"]  # pycocoevalcap fails where no reference of the corpus has a word
+    unseen = st.lists(st.one_of(words, st.just("zebra"), st.just("quagga")), max_size=12)
+    hypotheses = {i: data.draw(st.one_of(unseen, st.sampled_from(references[i]))) for i in range(images)}
+    assert_equal_to_peer(references, hypotheses)
+
+
+@pytest.mark.parametrize(
+    ("references", "hypotheses"),
+    [
+        ({1: [["a", "dog"]]}, {1: ["a", "dog"]}),
+        ({1: [["a", "dog"]]}, {1: []}),
+        ({1: [["a", "dog"], []], 2: [["cat"]]}, {1: [], 2: ["cat"]}),
+        ({1: [["a"] * 30], 2: [["a", "b"] * 9]}, {1: ["a"] * 40, 2: ["b", "a"] * 3}),
+        ({"x": [["one"], ["one", "two"]], "y": [["two"]]}, {"y": ["three"], "x": ["three", "four"]}),
+    ],
+    ids=["one image", "empty hypothesis", "empty reference", "repetition", "unseen words, other order"],
+)
+def test_equals_pycocoevalcap_at_the_edges(references, hypotheses):
+    assert_equal_to_peer(references, {image: hypotheses[image] for image in references})
+
+
+def test_identical_captions_score_the_maximum():
+    references = {i: [f"a {animal} runs on green grass"] for i, animal in enumerate(["dog", "cat", "horse"])}
+    scores = metrics.score(references, {image: texts[0] for image, texts in references.items()})
+    assert scores["bleu_4"] == pytest.approx(1)
+    assert scores["rouge_l"] == pytest.approx(1)
+    assert scores["cider"] == pytest.approx(10)
+
+
+def test_bleu_by_hand():
+    scores = metrics.score({1: ["the cat sat on the mat"]}, {1: "the the cat"})
+    assert scores["bleu_1"] == pytest.approx(1.0 * math.exp(1 - 6 / 3), abs=1e-8)
+    assert scores["bleu_2"] == pytest.approx(math.sqrt(1.0 * 0.5) * math.exp(1 - 6 / 3), abs=1e-8)
+
+
+def test_case_and_punctuation_do_not_count():
+    references = {1: ["A man rides a horse."], 2: ["Two dogs, playing!"]}
+    plain = {1: "a man rides a horse", 2: "two dogs playing"}
+    assert metrics.score(references, plain)["cider"] == pytest.approx(10 * (1 + 0.75) / 2)
+
+
+def test_wrong_ids_are_named():
+    with pytest.raises(ValueError, match="1 captioned images have no references, the first is 'b'"):
+        metrics.score({"a": ["x"]}, {"a": "x", "b": "y"})
+    with pytest.raises(ValueError, match="1 images have references but no caption, the first is 'b'"):
+        metrics.score({"a": ["x"], "b": ["y"]}, {"a": "x"})
+    with pytest.raises(ValueError, match="image 'b' has no reference"):
+        metrics.score({"a": ["x"], "b": []}, {"a": "x", "b": "y"})
+    with pytest.raises(ValueError, match="nothing to score"):
+        metrics.score({}, {})
