@@ -17,7 +17,7 @@ from captioner.errors import CaptionerError
 FEATURE_SIZE = 4096
 
 EncoderName = Literal[
-    "vgg16", "vgg16_bn", "vgg19", "alexnet", "resnet50", "resnet101", "resnet152", "squeezenet1_1", "googlenet"
+    "vgg16", "vgg16_bn", "vgg19", "alexnet", "resnet50", "resnet101", "resnet152", "squeezenet1_1", "googlenet", "tiny"
 ]
 CellName = Literal["lstm", "gru", "rnn", "irnn"]
 FeatureNorm = Literal["sqrt", "none"]
@@ -28,7 +28,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 class EncoderConfig:
     """The CNN that looks."""
 
-    name: EncoderName = "vgg16"  # network of torchvision
+    name: EncoderName = "vgg16"  # network of torchvision; "tiny" is a small one to train from nothing
     weights: str = "default"  # "default" (torchvision's, downloaded once), a .safetensors or .pth file, or "random"
     image_size: int = 224  # photos are resized to this height and width, in pixels
 
@@ -152,6 +152,7 @@ class OptimisationConfig:
     epochs: int = 30  # passes over all captions, at most
     batch_size: int = 128  # captions a step and process
     learning_rate: float = 5e-4  # Adam's, after the warm-up
+    encoder_learning_rate: float = 0.0  # the same for the CNN; 0 freezes it, and its features are computed only once
     warmup_steps: int = 200  # the learning rate rises linearly over these steps, then falls along a cosine to 1 % of it
     gradient_clip: float = 5.0  # largest norm of the gradient
     label_smoothing: float = 0.0  # share of the target probability that is spread over all words
@@ -163,7 +164,8 @@ class OptimisationConfig:
             _at_least(f"optimisation.{name}", getattr(self, name), 1)
         for name in ("learning_rate", "gradient_clip"):
             _positive(f"optimisation.{name}", getattr(self, name))
-        _at_least("optimisation.warmup_steps", self.warmup_steps, 0)
+        for name in ("encoder_learning_rate", "warmup_steps"):
+            _at_least(f"optimisation.{name}", getattr(self, name), 0)
         _share("optimisation.label_smoothing", self.label_smoothing)
 
 
@@ -225,9 +227,11 @@ PRESETS: dict[str, tuple[str, TrainingConfig]] = {
         TrainingConfig(
             data=DataConfig(data=Path("data/shapes")),
             output=Path("runs/shapes"),
-            encoder=EncoderConfig(name="squeezenet1_1", weights="random", image_size=64),
-            decoder=DecoderConfig(hidden_size=256, embedding_size=128),
-            optimisation=OptimisationConfig(epochs=10, batch_size=128, learning_rate=2e-3, warmup_steps=50),
+            encoder=EncoderConfig(name="tiny", weights="random", image_size=64),
+            decoder=DecoderConfig(hidden_size=256, embedding_size=128, dropout=0.1, feature_norm="none"),
+            optimisation=OptimisationConfig(
+                epochs=12, batch_size=80, learning_rate=3e-3, encoder_learning_rate=3e-3, warmup_steps=100
+            ),
             min_count=1,
         ),
     ),

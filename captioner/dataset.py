@@ -1,6 +1,7 @@
-"""Captions and features -> batches.
+"""Captions and features (or photos) -> batches.
 
-All captions of a split are one flat array of ids in memory; features stay on disk, mapped. The order of an epoch is a
+All captions of a split are one flat array of ids in memory; features stay on disk, mapped; photos are decoded when they
+are needed, where the encoder learns too. The order of an epoch is a
 function of the seed and the epoch's number alone, so a resumed run sees what an uninterrupted one would have seen, on
 any number of processes.
 """
@@ -9,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from captioner.annotations import Example
@@ -23,11 +25,19 @@ from captioner.vocabulary import Vocabulary
 _SORTED_TOGETHER = 32
 
 
+class Source(Protocol):
+    """What the photos of a data set are read from: rows of features, or photos that are decoded (`images.Photos`)."""
+
+    def __getitem__(self, rows: npt.NDArray[np.int64], /) -> npt.NDArray[Any]:
+        """Features `(rows, 4096)`, or pixels `(rows, 3, height, width)`."""
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Captions with the features of their photos."""
+    """Captions with their photos."""
 
-    features: Float[Tensor, "batch 4096"]
+    photos: Float[Tensor, "photos 4096"] | UInt8[Tensor, "photos 3 height width"]  # features or pixels, each photo once
+    photo: Int[Tensor, " batch"]  # number of each caption's photo in `photos`
     tokens: Int[Tensor, "batch time"]  # [start] ... [end] [pad] ...
     lengths: Int[Tensor, " batch"]  # tokens of each caption, [start] and [end] included
 
@@ -49,17 +59,17 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
-        return Batch(self.features.to(device), self.tokens.to(device), self.lengths.to(device))
+        return Batch(self.photos.to(device), self.photo.to(device), self.tokens.to(device), self.lengths.to(device))
 
 
 class CaptionDataset:
-    """The captions of a split, each with the row of its photo's features."""
+    """The captions of a split, each with the row of its photo."""
 
     def __init__(
         self,
         examples: Sequence[Example],
         vocabulary: Vocabulary,
-        features: npt.NDArray[np.float16],
+        source: Source,
         rows: npt.NDArray[np.int64],
         max_words: int | None = None,
     ) -> None:
@@ -68,14 +78,14 @@ class CaptionDataset:
         Args:
             examples: photos with their captions.
             vocabulary: gives the ids.
-            features: `(any, 4096)`, in memory or mapped from a file.
-            rows: row of `features` of each example, `(examples,)`.
+            source: features or pixels of the photos.
+            rows: row of `source` of each example, `(examples,)`.
             max_words: longer captions are cut there.
         """
         assert len(examples) == len(rows)
         captions = [caption for example in examples for caption in example.captions]
         ids = vocabulary.encode(captions, max_words)
-        self.features = features
+        self.source = source
         self.lengths = np.array([len(caption) for caption in ids], dtype=np.int64)
         self._rows = np.repeat(rows, [len(example.captions) for example in examples])
         self._tokens = np.concatenate([np.array(caption, np.int32) for caption in ids])
@@ -93,11 +103,19 @@ class CaptionDataset:
         # (batch, time): where each token stands in the flat array; padding reads position 0 and is replaced
         where = np.where(real, self._starts[captions][:, None] + positions, 0)
         tokens = np.where(real, self._tokens[where], self._pad).astype(np.int64)
-        features = self.features[self._rows[captions]].astype(np.float32)
-        return Batch(torch.from_numpy(features), torch.from_numpy(tokens), torch.from_numpy(lengths))
+        rows, photo = np.unique(self._rows[captions], return_inverse=True)
+        photos = torch.from_numpy(self.source[rows])
+        return Batch(
+            photos if photos.dtype == torch.uint8 else photos.float(),
+            torch.from_numpy(photo),
+            torch.from_numpy(tokens),
+            torch.from_numpy(lengths),
+        )
 
-    def epoch(self, number: int, *, batch_size: int, seed: int, rank: int = 0, processes: int = 1) -> Iterator[Batch]:
-        """All captions in a new order, in batches of about equal length.
+    def epoch(
+        self, number: int, *, batch_size: int, seed: int, rank: int = 0, processes: int = 1, by_photo: bool = False
+    ) -> Iterator[Batch]:
+        """All captions in a new order: in batches of about equal length, or photo by photo.
 
         Args:
             number: of the epoch; with the seed it decides the order.
@@ -105,16 +123,14 @@ class CaptionDataset:
             seed: of the run.
             rank: number of this process.
             processes: how many share the epoch. Each gets the same number of batches.
+            by_photo: keep the captions of a photo together, so that it is looked at once an epoch. That pays when the
+                encoder learns; when it does not, sorting by length saves more.
         """
         random = np.random.default_rng((seed, number))
-        order = random.permutation(len(self))
-        together = batch_size * processes * _SORTED_TOGETHER
-        # A step's captions, of all processes, are neighbours in length, so that no process waits for a longer one.
-        steps = [
-            step
-            for start in range(0, len(order), together)
-            for step in _split(_by_length(order[start : start + together], self.lengths), batch_size * processes)
-        ]
+        size = batch_size * processes
+        order = self._by_photo(random) if by_photo else self._by_length(random, size * _SORTED_TOGETHER)
+        # A step's captions, of all processes, are neighbours, so that no process waits for one with longer captions.
+        steps = [order[start : start + size] for start in range(0, len(order), size)]
         for index in random.permutation(len(steps)):
             share = steps[index][rank::processes]
             # When captions do not go round, the last processes repeat one: all must take part in every step.
@@ -124,10 +140,13 @@ class CaptionDataset:
         """Batches that `epoch` yields to each process."""
         return -(-len(self) // (batch_size * processes))
 
+    def _by_length(self, random: np.random.Generator, together: int) -> npt.NDArray[np.int64]:
+        """Captions at random, sorted by length within each `together` of them."""
+        order = random.permutation(len(self))
+        parts = [order[start : start + together] for start in range(0, len(order), together)]
+        return np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in parts])
 
-def _by_length(captions: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    return captions[np.argsort(lengths[captions], kind="stable")]
-
-
-def _split(captions: npt.NDArray[np.int64], size: int) -> list[npt.NDArray[np.int64]]:
-    return [captions[start : start + size] for start in range(0, len(captions), size)]
+    def _by_photo(self, random: np.random.Generator) -> npt.NDArray[np.int64]:
+        """Photos at random, the captions of each together."""
+        key = random.permutation(self._rows.max() + 1)[self._rows]
+        return np.argsort(key, kind="stable")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -100,7 +100,8 @@ def decode(
     if any(isinstance(each, torch.nn.Module) and each.training for each in models):
         raise ValueError("the decoder is in training mode, which drops units at random; call .eval() first")
     found: list[list[Hypothesis]] = []
-    for some in features.split(_together(features.device, special, options)):
+    together = _together(features.device, special, options)
+    for some in (features[i : i + together] for i in range(0, len(features), together)):
         captions, _ = search(models, some, special, options)
         missed = [i for i, caption in enumerate(captions) if not caption[0].satisfied]
         if missed:  # what is required cannot be had: the caption without it is better than none
@@ -218,7 +219,7 @@ def _score(logprob: Tensor, length: int, options: DecodingOptions) -> Tensor:
     if options.length_normalisation == "average":
         return logprob / length
     if options.length_normalisation == "gnmt":
-        return logprob / ((5 + length) / 6) ** options.gnmt_alpha
+        return logprob / float(((5 + length) / 6) ** options.gnmt_alpha)
     return logprob
 
 
@@ -233,7 +234,7 @@ class _Roster:
         self._beams = beams
         self._searches = torch.arange(searches, device=device)
         self._waits = device.type != "cuda"
-        self._asked: tuple[Tensor, torch.cuda.Event] | None = None
+        self._asked: tuple[Tensor, Any] | None = None
 
     def survivors(self, logprob: Float[Tensor, "searches beams"]) -> Int[Tensor, " rows"]:
         """Rows of the flattened grid that go on; on a GPU some that are over may be among them."""
@@ -242,9 +243,9 @@ class _Roster:
         if self._asked is None:
             alive = torch.empty(len(logprob), dtype=torch.bool, pin_memory=True)
             alive.copy_((logprob > -torch.inf).any(dim=1), non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self._asked = alive, event
+            cuda: Any = torch.cuda
+            self._asked = alive, cuda.Event()
+            self._asked[1].record()
         elif self._asked[1].query():
             self._searches = self._asked[0].nonzero()[:, 0].to(logprob.device, non_blocking=True)
             self._asked = None
@@ -271,11 +272,10 @@ def _captions(
     dead = (outcomes == -torch.inf).all(dim=2).all(dim=0)
     last = (before > -torch.inf).any(dim=2).long().cumsum(dim=0).argmax(dim=0)  # the last step that had a caption
     for number in dead.nonzero()[:, 0].tolist():
-        beam = int(before[last[number], number].argmax())
-        outcomes[last[number], number, beam] = before[last[number], number, beam]
-        scores[last[number], number, beam] = _score(
-            outcomes[last[number], number, beam], int(last[number]) or 1, options
-        )
+        n = int(last[number])
+        place = n, number, int(before[n, number].argmax())
+        outcomes[place] = before[place]
+        scores[place] = _score(before[place], max(n, 1), options)
 
     words, search, beam = np.nonzero(outcomes.numpy() > -np.inf)
     logprob, score = outcomes.numpy()[words, search, beam], scores.numpy()[words, search, beam]

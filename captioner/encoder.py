@@ -1,14 +1,16 @@
 """Pretrained CNN -> 4096 numbers.
 
-The networks are torchvision's, cut at a named layer. Those with a native 4096-wide layer are tapped there, after its
-ReLU; of the fully convolutional ones the last map is averaged onto a grid with `channels x rows x columns = 4096`, so
-that all of them feed the same decoder.
+The networks are torchvision's, and one small one to train from nothing, cut at a named layer. Those with a native
+4096-wide layer are tapped there, after its ReLU; of the fully convolutional ones the last map is averaged onto a grid
+with `channels x rows x columns = 4096`, so that all of them feed the same decoder.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +47,7 @@ _TAPS: dict[EncoderName, _Tap] = {
     "resnet152": _Tap("layer4", grid=(1, 2)),
     "squeezenet1_1": _Tap("features", grid=(2, 4)),  # 512 channels
     "googlenet": _Tap("inception5b", grid=(2, 2)),  # 1024 channels
+    "tiny": _Tap("features", grid=(8, 8)),  # 64 channels
 }
 
 # Mean and standard deviation of ImageNet's RGB values, 0 to 255, that all of torchvision's weights were trained with.
@@ -53,17 +56,20 @@ _STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
 
 class Encoder(nn.Module):
-    """A CNN without its classifier. Its weights are frozen and it stays in evaluation mode."""
+    """A CNN without its classifier. It is frozen, and in evaluation mode whatever is asked, unless it is to learn."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, config: EncoderConfig, state: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self, config: EncoderConfig, state: Mapping[str, Tensor] | None = None, *, trainable: bool = False
+    ) -> None:
         """Build the network and fill it.
 
         Args:
             config: which network, and where its weights come from.
             state: tensors to use instead of what `config.weights` names (a checkpoint that carries its encoder).
+            trainable: whether the network is to learn.
 
         Raises:
             WeightsError: the weights are not there, cannot be read, or belong to another network.
@@ -72,26 +78,30 @@ class Encoder(nn.Module):
         self.config = config
         tap = _TAPS[config.name]
         network = _network(config.name)
-        self.body = create_feature_extractor(network.eval(), {tap.layer: "tap"}).eval()
+        self.body = create_feature_extractor(network, {tap.layer: "tap"}).eval()
         head = network.state_dict().keys() - self.body.state_dict().keys()
         self.pool = nn.Identity() if tap.grid is None else nn.AdaptiveAvgPool2d(tap.grid)
         if state is None and config.weights != "random":
             state = _read(config)
         if state is not None:
             _fill(self.body, state, head, f"{config.name} weights ({config.weights})")
-        elif config.weights == "random":
+        elif not trainable:
             log.warning("the weights of %s are random: good for tests, not for photos", config.name)
         self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1), persistent=False)
-        self.weights_sha256 = weights.fingerprint(self.body.state_dict())
-        self.requires_grad_(False)
+        self.trainable = trainable
+        self.requires_grad_(trainable)
         self.to(memory_format=torch.channels_last)
 
     def train(self, mode: bool = True) -> Encoder:
-        """Stay in evaluation mode whatever is asked: a frozen network has no other."""
-        return super().train(False)
+        """Set the mode; a frozen network stays in evaluation mode."""
+        return super().train(mode and self.trainable)
 
-    @torch.no_grad()
+    @functools.cached_property
+    def weights_sha256(self) -> str:
+        """Identifies the weights of a frozen network, see `weights.fingerprint`."""
+        return weights.fingerprint(self.body.state_dict())
+
     def forward(self, images: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 4096"]:
         """Look at photos.
 
@@ -101,12 +111,25 @@ class Encoder(nn.Module):
         Returns:
             One row of 4096 non-negative numbers a photo.
         """
-        pixels = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        tapped: Tensor = self.body(pixels)["tap"]
-        # (batch, channels, rows, columns) or (batch, 4096) -> (batch, 4096)
-        features: Tensor = self.pool(tapped).flatten(1)
+        with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
+            pixels = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+            tapped: Tensor = self.body(pixels)["tap"]
+            # (batch, channels, rows, columns) or (batch, 4096) -> (batch, 4096)
+            features: Tensor = self.pool(tapped).flatten(1)
         assert features.shape[1] == FEATURE_SIZE
         return features
+
+
+def _tiny() -> nn.Module:
+    """A net that learns from nothing in minutes: three halvings of a small picture, no pretrained weights anywhere."""
+
+    def block(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
+        convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
+
+    widths = ((3, 16, 1), (16, 32, 2), (32, 64, 2), (64, 64, 1), (64, 64, 2))
+    layers = [layer for width in widths for layer in block(*width)]
+    return nn.Sequential(OrderedDict(features=nn.Sequential(*layers)))
 
 
 def _network(name: EncoderName) -> nn.Module:
@@ -115,11 +138,13 @@ def _network(name: EncoderName) -> nn.Module:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)  # "random" means the same weights every time
-        network: nn.Module = models.get_model(name, weights=None, **options)
+        network: nn.Module = _tiny() if name == "tiny" else models.get_model(name, weights=None, **options)
     return network
 
 
 def _read(config: EncoderConfig) -> Mapping[str, Tensor]:
+    if config.weights == "default" and config.name == "tiny":
+        raise WeightsError("tiny has no pretrained weights; give a file, or train it: --encoder.weights random")
     if config.weights == "default":
         return _download(config.name)
     path = Path(config.weights)

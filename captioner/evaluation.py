@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from captioner import metrics
 from captioner.annotations import Example
-from captioner.features import FeatureStore, ImageId
+from captioner.dataset import Source
+from captioner.features import ImageId
 from captioner.model import Caption, Captioner
 
-#: Photos whose features are read from disk at once.
-_READ_TOGETHER = 1024
+#: Photos that are read and captioned together.
+_TOGETHER = 256
 
 
 @dataclass(frozen=True)
@@ -28,18 +31,26 @@ class Evaluation:
         return [{"image_id": image_id, "caption": caption.text} for image_id, caption in self.captions.items()]
 
 
-def describe(captioner: Captioner, store: FeatureStore, examples: Sequence[Example]) -> dict[ImageId, Caption]:
-    """Caption photos whose features are stored, in constant memory."""
-    features, rows = store.features(), store.rows([example.image_id for example in examples])
+def describe(captioner: Captioner, source: Source, rows: npt.NDArray[np.int64]) -> list[Caption]:
+    """Caption photos in constant memory.
+
+    Args:
+        captioner: the model.
+        source: features or pixels.
+        rows: which of them.
+
+    Returns:
+        The best caption of each row.
+    """
     captions: list[Caption] = []
-    for start in range(0, len(rows), _READ_TOGETHER):
-        some = torch.from_numpy(features[rows[start : start + _READ_TOGETHER]])
-        captions += [best for best, *_ in captioner.describe(some.to(captioner.device))]
-    return {example.image_id: caption for example, caption in zip(examples, captions, strict=True)}
+    for start in range(0, len(rows), _TOGETHER):
+        photos = torch.from_numpy(source[rows[start : start + _TOGETHER]]).to(captioner.device)
+        captions += [best for best, *_ in captioner.describe(captioner.features(photos))]
+    return captions
 
 
-def evaluate(captioner: Captioner, store: FeatureStore, examples: Sequence[Example]) -> Evaluation:
-    """Caption photos whose features are stored, and compare with what people wrote."""
-    captions = describe(captioner, store, examples)
+def score(examples: Sequence[Example], captions: Sequence[Caption]) -> Evaluation:
+    """Compare captions of photos with what people wrote about them."""
+    found = {example.image_id: caption for example, caption in zip(examples, captions, strict=True)}
     references = {example.image_id: example.captions for example in examples}
-    return Evaluation(captions, metrics.score(references, {key: caption.text for key, caption in captions.items()}))
+    return Evaluation(found, metrics.score(references, {key: caption.text for key, caption in found.items()}))

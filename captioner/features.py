@@ -75,18 +75,10 @@ class FeatureStore:
     def __contains__(self, image_id: object) -> bool:
         return image_id in self._rows
 
-    def rows(self, ids: Sequence[ImageId]) -> npt.NDArray[np.int64]:
-        """Row numbers of photos, in their order.
-
-        Raises:
-            FeatureStoreError: a photo is not in the store.
-        """
-        missing = [image_id for image_id in ids if image_id not in self._rows]
-        if missing:
-            raise FeatureStoreError(
-                f"{self.folder}: has no features of {len(missing)} photos, among them {missing[0]!r}; add them first"
-            )
-        return np.array([self._rows[image_id][0] for image_id in ids], dtype=np.int64)
+    @property
+    def row_of(self) -> dict[ImageId, int]:
+        """Photo -> number of its row."""
+        return {image_id: row for image_id, (row, _) in self._rows.items()}
 
     def features(self) -> npt.NDArray[np.float16]:
         """All rows, `(rows, 4096)`, mapped into memory: reading a row reads it from disk."""

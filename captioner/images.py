@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -95,6 +96,50 @@ def load(source: Path | str | Image.Image, size: int) -> UInt8[Tensor, "3 height
         # What Pillow's decoders raise on damaged files; the first line of their message is the useful one.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ImageError(f"{path}: cannot be decoded ({reason}); the file is damaged or of an unknown kind") from None
+
+
+class Photos:
+    """Photos that are decoded when they are asked for, `(photos, 3, size, size)`; few enough are kept in memory."""
+
+    _KEPT_BYTES = 2 << 30  # pixels of all photos together, up to which they are decoded once and kept
+
+    def __init__(self, paths: Sequence[Path], size: int) -> None:
+        """Name the photos.
+
+        Args:
+            paths: the files.
+            size: see `load`.
+        """
+        self.paths, self.size = paths, size
+        keep = len(paths) * 3 * size * size <= self._KEPT_BYTES
+        self._kept: dict[int, Tensor] | None = {} if keep else None
+
+    def check(self) -> dict[int, ImageError]:
+        """Decode every photo once, and name those that cannot be decoded, by number."""
+        failures: dict[int, ImageError] = {}
+        for batch in stream(self.paths, self.size, batch_size=64):
+            failures |= batch.failures
+            if self._kept is not None:
+                self._kept |= dict(zip(batch.indices, batch.pixels, strict=True))
+        return failures
+
+    def __getitem__(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+        """Pixels of photos by number, RGB, 0 to 255, `(rows, 3, size, size)`.
+
+        Raises:
+            ImageError: one of them cannot be decoded.
+        """
+        wanted = [int(row) for row in rows]
+        kept = {} if self._kept is None else self._kept
+        missing = [row for row in wanted if row not in kept]
+        decoded: dict[int, Tensor] = {}
+        for batch in stream([self.paths[row] for row in missing], self.size, batch_size=len(missing) or 1):
+            for error in batch.failures.values():
+                raise error
+            decoded = {missing[index]: pixels for index, pixels in zip(batch.indices, batch.pixels, strict=True)}
+        if self._kept is not None:
+            self._kept |= decoded
+        return torch.stack([kept[row] if row in kept else decoded[row] for row in wanted]).numpy()
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from captioner import checkpoint, images
+from captioner import checkpoint, images, weights
 from captioner.card import model_card
 from captioner.config import DecodingOptions
 from captioner.decoder import Decoder
@@ -65,6 +65,7 @@ class Captioner:
         self.encoder = encoder
         self.decoder = decoder
         self.vocabulary = vocabulary
+        self.decoder.eval()
         self.options = options or DecodingOptions()
         self.training = dict(training or {})
 
@@ -113,16 +114,18 @@ class Captioner:
 
     def write(self, folder: Path) -> None:
         """Write the model's files into a folder that exists."""
-        # Random weights can be had nowhere else; those that can are named, and known again by their hash.
-        stored = self.encoder.config.weights == "random"
+        # Weights that were trained here, or are random, can be had nowhere else; others are named, and known again by
+        # their hash.
+        state = self.encoder.body.state_dict()
+        stored = self.encoder.trainable or self.encoder.config.weights == "random"
         saved = checkpoint.Checkpoint(
             encoder=self.encoder.config,
-            encoder_sha256=self.encoder.weights_sha256,
+            encoder_sha256=weights.fingerprint(state) if stored else self.encoder.weights_sha256,
             decoder=self.decoder.config,
             decoding=self.options,
             vocabulary=self.vocabulary,
             decoder_state=self.decoder.state_dict(),
-            encoder_state=self.encoder.body.state_dict() if stored else None,
+            encoder_state=state if stored else None,
             training=self.training,
         )
         checkpoint.write(folder, saved, model_card(saved))
@@ -168,7 +171,13 @@ class Captioner:
             ImageError: the photo cannot be decoded.
         """
         pixels = images.load(photo, self.encoder.config.image_size)
-        return self.describe(self.encoder(pixels[None].to(self.device)), options)[0][0]
+        return self.describe(self.features(pixels[None].to(self.device)), options)[0][0]
+
+    def features(
+        self, photos: Float[Tensor, "batch 4096"] | UInt8[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch 4096"]:
+        """What the encoder sees in photos; features are what it has seen already, and stay as they are."""
+        return self.encoder(photos) if photos.dtype == torch.uint8 else photos
 
     @torch.inference_mode()
     def describe(
@@ -183,9 +192,7 @@ class Captioner:
         Returns:
             `options.num_captions` captions a photo, best first.
         """
-        was_training = self.decoder.training
-        self.decoder.eval()
-        found = [
+        return [
             [
                 Caption(
                     text=self.vocabulary.decode(hypothesis.tokens),
@@ -200,8 +207,6 @@ class Captioner:
                 self.decoder, some.to(self.device, torch.float32), self.vocabulary, options or self.options
             )
         ]
-        self.decoder.train(was_training)
-        return found
 
 
 def find(model: str | Path) -> Path:

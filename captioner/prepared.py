@@ -153,10 +153,13 @@ def _onednn_linear(weight: Tensor, bias: Tensor) -> _Linear | None:
         product = torch.ops.mkldnn._linear_pointwise
 
         def linear(x: Tensor) -> Tensor:
+            if len(x) == 1:  # a single row would be summed in another order than the same row among others
+                x = torch.cat([x, x])
+                return linear(x)[:1]
             result: Tensor = product(x, packed, bias, "none", [], "")
             return result
 
-        linear(weight.new_zeros(1, weight.shape[1]))
+        linear(weight.new_zeros(2, weight.shape[1]))
     except (AttributeError, RuntimeError):  # absent, or without a kernel for this processor
         return None
     return linear

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -21,20 +21,20 @@ import numpy as np
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object, set_seed
+from jaxtyping import Float
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name that everyone uses
 
-from captioner import checkpoint, features, metrics, weights
-from captioner.annotations import Annotations, Example, load
+from captioner import checkpoint, weights
 from captioner.config import TrainingConfig
-from captioner.dataset import CaptionDataset
+from captioner.dataset import Batch, CaptionDataset
 from captioner.decoder import Decoder
 from captioner.encoder import Encoder
 from captioner.errors import CaptionerError, CheckpointError
-from captioner.evaluation import Evaluation, describe
-from captioner.features import FeatureStore, Stamp
+from captioner.evaluation import Evaluation, describe, score
 from captioner.model import Captioner
+from captioner.preparation import Data, prepare
 from captioner.progress import Progress
 from captioner.tracking import Tracker
 from captioner.vocabulary import Vocabulary
@@ -59,15 +59,19 @@ class History:
     epochs: list[dict[str, float]] = field(default_factory=list)  # losses and scores of each
 
 
-@dataclass(frozen=True)
-class _Data:
-    """What training reads."""
+class Network(nn.Module):
+    """What learns: the decoder, and the encoder where it is not frozen."""
 
-    annotations: Annotations
-    train: Sequence[Example]
-    val: Sequence[Example]
-    store: FeatureStore
-    encoder: Encoder
+    def __init__(self, encoder: Encoder, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.encoder = encoder if encoder.trainable else None
+
+    def forward(self, batch: Batch) -> Float[Tensor, "words vocabulary"]:
+        """Logits of a batch's targets."""
+        features = batch.photos if self.encoder is None else self.encoder(batch.photos)
+        logits: Tensor = self.decoder(features[batch.photo], batch.inputs, batch.keep)
+        return logits
 
 
 def train(config: TrainingConfig) -> History:
@@ -91,15 +95,13 @@ def train(config: TrainingConfig) -> History:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
     )
     settings = _claim(config)
-    data = _prepare(config, accelerator)
-    trainer = Trainer(config, data, accelerator)
-    return trainer.run(settings)
+    return Trainer(config, prepare(config, accelerator), accelerator).run(settings)
 
 
 class Trainer:
     """The state of a run and the loop over it."""
 
-    def __init__(self, config: TrainingConfig, data: _Data, accelerator: Accelerator) -> None:
+    def __init__(self, config: TrainingConfig, data: Data, accelerator: Accelerator) -> None:
         """Build the model and the optimiser.
 
         Args:
@@ -108,26 +110,26 @@ class Trainer:
             accelerator: device, precision and processes.
         """
         self.config, self.data, self.accelerator = config, data, accelerator
+        options = config.optimisation
         vocabulary = Vocabulary.build(
-            (caption for example in data.train for caption in example.captions), config.min_count
+            (caption for example in data.train.examples for caption in example.captions), config.min_count
         )
-        self.dataset, self.validation = (
-            CaptionDataset(
-                examples,
-                vocabulary,
-                data.store.features(),
-                data.store.rows([example.image_id for example in examples]),
-                config.max_words,
-            )
-            for examples in (data.train, data.val)
+        self.train, self.val = (
+            CaptionDataset(split.examples, vocabulary, split.source, split.rows, config.max_words)
+            for split in (data.train, data.val)
         )
         set_seed(config.seed)
         decoder = Decoder(config.decoder, len(vocabulary))
-        optimiser = torch.optim.Adam(decoder.parameters(), lr=config.optimisation.learning_rate, fused=True)
-        self.decoder, self.optimiser = accelerator.prepare(decoder, optimiser)
-        self.captioner = Captioner(data.encoder, accelerator.unwrap_model(self.decoder), vocabulary, config.decoding)
+        groups: list[dict[str, Any]] = [{"params": list(decoder.parameters()), "lr": options.learning_rate}]
+        if data.encoder.trainable:
+            groups.append({"params": list(data.encoder.parameters()), "lr": options.encoder_learning_rate})
+        self._rates: list[float] = [group["lr"] for group in groups]
+        self.network, self.optimiser = accelerator.prepare(
+            Network(data.encoder, decoder), torch.optim.Adam(groups, fused=True)
+        )
+        self.captioner = Captioner(data.encoder, decoder, vocabulary, config.decoding)
         self.history = History()
-        self.steps_an_epoch = self.dataset.steps(config.optimisation.batch_size, accelerator.num_processes)
+        self.steps_an_epoch = self.train.steps(options.batch_size, accelerator.num_processes)
 
     def run(self, settings: Mapping[str, Any]) -> History:
         """Train to the end.
@@ -143,7 +145,7 @@ class Trainer:
         history.run_id = tracker.run_id or history.run_id
         log.info(
             "%s captions of %s photos, %s words; %s steps an epoch on %s",
-            f"{len(self.dataset):,}", f"{len(self.data.train):,}", f"{len(self.captioner.vocabulary):,}",
+            f"{len(self.train):,}", f"{len(self.data.train.examples):,}", f"{len(self.captioner.vocabulary):,}",
             f"{self.steps_an_epoch:,}", self.accelerator.device,
         )  # fmt: skip
         while not self._finished():
@@ -170,29 +172,31 @@ class Trainer:
         # Dropout of this epoch, on this process.
         entropy = (self.config.seed, history.epoch, accelerator.process_index)
         set_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-        self.decoder.train()
+        self.network.train()
         total = torch.zeros((), device=accelerator.device)
         words = 0
-        batches = self.dataset.epoch(
+        batches = self.train.epoch(
             history.epoch,
             batch_size=options.batch_size,
             seed=self.config.seed,
             rank=accelerator.process_index,
             processes=accelerator.num_processes,
+            by_photo=self.data.encoder.trainable,
         )
         with Progress(
-            f"epoch {history.epoch + 1}", len(self.dataset), "captions", shown=accelerator.is_main_process
+            f"epoch {history.epoch + 1}", len(self.train), "captions", shown=accelerator.is_main_process
         ) as progress:
             for batch in batches:
                 batch = batch.to(accelerator.device)
-                for group in self.optimiser.param_groups:
-                    group["lr"] = self._learning_rate(history.step)
+                share = self._schedule(history.step)
+                for group, rate in zip(self.optimiser.param_groups, self._rates, strict=True):
+                    group["lr"] = rate * share
                 with accelerator.autocast():
-                    logits = self.decoder(batch.features, batch.inputs, batch.keep)
+                    logits = self.network(batch)
                 loss = F.cross_entropy(logits.float(), batch.targets, label_smoothing=options.label_smoothing)
                 self.optimiser.zero_grad()
                 accelerator.backward(loss)
-                norm = accelerator.clip_grad_norm_(self.decoder.parameters(), options.gradient_clip)
+                norm = accelerator.clip_grad_norm_(self.network.parameters(), options.gradient_clip)
                 self.optimiser.step()
                 history.step += 1
                 total += loss.detach() * len(batch.targets)
@@ -206,7 +210,7 @@ class Trainer:
                         {
                             "train/loss": value,
                             "train/gradient_norm": float(norm),
-                            "train/learning_rate": self._learning_rate(history.step - 1),
+                            "train/learning_rate": options.learning_rate * share,
                             "train/epoch": history.step / self.steps_an_epoch,
                         },
                     )
@@ -215,32 +219,34 @@ class Trainer:
 
     @torch.inference_mode()
     def _validate(self) -> Evaluation:
-        """Captions, scores and loss of the validation photos; each process takes a share of them."""
-        self.decoder.eval()
-        accelerator = self.accelerator
+        """Captions, scores and loss of the validation photos; each process takes a share of the captions."""
+        self.network.eval()
+        accelerator, split = self.accelerator, self.data.val
         rank, processes = accelerator.process_index, accelerator.num_processes
-        captions = describe(self.captioner, self.data.store, self.data.val[rank::processes])
+        captions = describe(self.captioner, split.source, split.rows[rank::processes])
         if processes > 1:
-            captions = dict(gather_object(list(captions.items())))
+            numbered = gather_object(list(zip(range(rank, len(split.rows), processes), captions, strict=True)))
+            captions = [caption for _, caption in sorted(numbered, key=lambda pair: pair[0])]
         # Everyone computes the scores, so that everyone takes the same decisions.
-        references = {example.image_id: example.captions for example in self.data.val}
-        scores = metrics.score(references, {image_id: captions[image_id].text for image_id in references})
+        evaluation = score(split.examples, captions)
         total, words = 0.0, 0
-        for batch in self.validation.epoch(0, batch_size=self.config.optimisation.batch_size, seed=0):
+        for batch in self.val.epoch(
+            0, batch_size=self.config.optimisation.batch_size, seed=0, by_photo=self.data.encoder.trainable
+        ):
             batch = batch.to(accelerator.device)
-            logits = self.captioner.decoder(batch.features, batch.inputs, batch.keep)
+            logits = accelerator.unwrap_model(self.network)(batch)
             total += float(F.cross_entropy(logits, batch.targets, reduction="sum"))
             words += len(batch.targets)
-        return Evaluation({key: captions[key] for key in references}, {"val_loss": total / words, **scores})
+        return dataclasses.replace(evaluation, scores={"val_loss": total / words, **evaluation.scores})
 
-    def _learning_rate(self, step: int) -> float:
-        """Linear warm-up, then half a cosine down to 1 % (Loshchilov & Hutter 2017, without restarts)."""
+    def _schedule(self, step: int) -> float:
+        """Share of the learning rate: linear warm-up, then half a cosine down to 1 % (Loshchilov & Hutter 2017)."""
         options = self.config.optimisation
         if step < options.warmup_steps:
-            return options.learning_rate * (step + 1) / options.warmup_steps
+            return (step + 1) / options.warmup_steps
         rest = max(1, options.epochs * self.steps_an_epoch - options.warmup_steps)
-        share = min(1.0, (step - options.warmup_steps) / rest)
-        return options.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2)
+        done = min(1.0, (step - options.warmup_steps) / rest)
+        return 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2
 
     def _finished(self) -> bool:
         history, options = self.history, self.config.optimisation
@@ -262,7 +268,7 @@ class Trainer:
             history.epoch, scores["train_loss"], scores["val_loss"], scores["bleu_4"], scores["cider"], best,
         )  # fmt: skip
         tracker.log(history.step, {f"val/{name}": value for name, value in evaluation.scores.items()})
-        shown = self.data.val[:: max(1, len(self.data.val) // _SAMPLES)][:_SAMPLES]
+        shown = self.data.val.examples[:: max(1, len(self.data.val.examples) // _SAMPLES)][:_SAMPLES]
         tracker.samples(
             history.step,
             ("photo", "caption", "log-probability", "human captions"),
@@ -281,9 +287,9 @@ class Trainer:
         history, output = self.history, self.config.output
         names = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider")
         self.captioner.training = {
-            "data": self.data.annotations.name,
-            "train_photos": len(self.data.train),
-            "val_photos": len(self.data.val),
+            "data": self.data.name,
+            "train_photos": len(self.data.train.examples),
+            "val_photos": len(self.data.val.examples),
             "epoch": history.epoch,
             "seed": self.config.seed,
             "seconds": round(history.seconds, 1),
@@ -318,6 +324,8 @@ class Trainer:
                 f"({len(vocabulary):,} words): the captions have changed; choose another --output"
             )
         checkpoint.fill(self.captioner.decoder, saved.decoder_state, str(last))
+        if self.data.encoder.trainable:
+            checkpoint.fill(self.data.encoder.body, saved.encoder_state or {}, str(last))
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in weights.read(last / _STATE).items():
             index, kind = name.split(".", 1)
@@ -325,39 +333,6 @@ class Trainer:
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": moments})
         self.history = History(**json.loads((last / _HISTORY).read_text(encoding="utf-8")))
         log.info("%s: going on after epoch %d", last, self.history.epoch)
-
-
-def _prepare(config: TrainingConfig, accelerator: Accelerator) -> _Data:
-    """Read and check the captions, then compute the features that are not stored yet."""
-    where = config.data
-    with accelerator.main_process_first():
-        captions = load(
-            where.data,
-            images=where.images,
-            restval=where.restval,
-            on_problem=where.on_problem,
-            val_share=where.val_share,
-            seed=config.seed,
-        )
-    log.info("%s: %s", captions.name, captions.problems.report())
-    train, val = captions.split("train"), captions.split("val")
-    encoder = Encoder(config.encoder).to(accelerator.device)
-    stamp = Stamp.of(encoder)
-    folder = where.features or features.default_folder(captions, stamp)
-    with accelerator.main_process_first():
-        store = FeatureStore(folder, stamp)
-        log.info("features of %s are kept in %s", config.encoder.name, folder)
-        with Progress("features", 0, "photos", shown=accelerator.is_main_process) as progress:
-            failures = features.add_photos(store, encoder, (*train, *val), progress=progress.set)
-    for error in failures.values():
-        log.warning("left out: %s", error)
-    return _Data(
-        captions,
-        [example for example in train if example.image_id not in failures],
-        [example for example in val if example.image_id not in failures],
-        store,
-        encoder,
-    )
 
 
 def _claim(config: TrainingConfig) -> dict[str, Any]:

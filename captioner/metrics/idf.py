@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from captioner.metrics.ngrams import BASE, ORDERS, IntArray, ReferenceIndex
-from captioner.metrics.tokenization import tokenize
+from captioner.metrics.tokenization import split_words, tokenize_all
 
 _FORMAT = "captioner-idf-1"
 
@@ -31,6 +31,20 @@ class Idf:
     keys: tuple[IntArray, ...]  # per order, (ngrams,) sorted `prefix * 2**32 + word`, see `captioner.metrics.ngrams`
     frequency: tuple[IntArray, ...]  # per order, (ngrams,) images that have the n-gram, >= 2
 
+    def __post_init__(self) -> None:
+        before = 1
+        for n, (keys, frequency) in enumerate(zip(self.keys, self.frequency, strict=True), start=1):
+            if len(keys) != len(frequency) or len(keys) >= BASE or (np.diff(keys) <= 0).any():
+                raise ValueError(f"document frequencies of {n}-grams are not a sorted table")
+            if len(keys) and not (
+                keys[0] >= 0
+                and keys[-1] // BASE < before
+                and (keys % BASE).max() < len(self.words)
+                and 2 <= frequency.min() <= frequency.max() <= self.images
+            ):
+                raise ValueError(f"document frequencies of {n}-grams are out of range")
+            before = len(keys)
+
     @classmethod
     def from_references(cls, references: Mapping[Hashable, Sequence[str]]) -> Idf:
         """Counts raw references, several per image.
@@ -38,15 +52,20 @@ class Idf:
         Raises:
             ValueError: an image has no reference.
         """
-        return cls.from_tokens({image: [tokenize(text) for text in texts] for image, texts in references.items()})
+        tokens = iter(tokenize_all([text for texts in references.values() for text in texts]))
+        return cls.from_tokens(
+            {image: [split_words(next(tokens)) for _ in texts] for image, texts in references.items()}
+        )
 
     @classmethod
     def from_tokens(cls, references: Mapping[Hashable, Sequence[Sequence[Hashable]]]) -> Idf:
         """Counts tokenised references, several per image; tokens are anything hashable, only words can be saved.
 
         Raises:
-            ValueError: an image has no reference.
+            ValueError: there are no images, or one has no reference.
         """
+        if not references:
+            raise ValueError("there are no references to count")
         index = ReferenceIndex(references)
         old_words = list(index.vocabulary)
         first = index.orders[0].document_frequency  # the unigrams are the words, in the order of their numbers
@@ -104,4 +123,7 @@ class Idf:
                 frequency = tuple(file.get_tensor(f"frequency_{n + 1}").astype(np.int64) for n in range(ORDERS))
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{name} cannot be read as document frequencies: {error}") from None
-        return cls(int(metadata["images"]), tuple(words.split("\n")) if words else (), keys, frequency)
+        try:
+            return cls(int(metadata["images"]), tuple(words.split("\n")) if words else (), keys, frequency)
+        except ValueError as error:
+            raise ValueError(f"{name} is damaged: {error}") from None

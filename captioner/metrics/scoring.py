@@ -12,7 +12,7 @@ from captioner.metrics.cider import CiderWeights
 from captioner.metrics.idf import Idf
 from captioner.metrics.ngrams import FloatArray, ReferenceIndex
 from captioner.metrics.rouge import rouge_l
-from captioner.metrics.tokenization import tokenize_all
+from captioner.metrics.tokenization import split_words, tokenize_all
 
 METRICS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider", "cider_d")
 """The names of the scores, in the order of tables."""
@@ -87,10 +87,10 @@ def _evaluate(
 ) -> Scores:
     # ROUGE-L compares tokens; BLEU and CIDEr compare words, of which the token `3 1/2` has two
     index = ReferenceIndex(
-        {image: [_words(tokens) for tokens in sentences] for image, sentences in references.items()}, idf
+        {image: [split_words(tokens) for tokens in sentences] for image, sentences in references.items()}, idf
     )
     images = np.arange(len(references), dtype=np.int64)
-    words, lengths = index.number(_words(hypotheses[image]) for image in references)
+    words, lengths = index.number(split_words(hypotheses[image]) for image in references)
     matches = index.match(images, words, lengths)
     statistics = bleu_statistics(index, images, lengths, matches)
     bleu = caption_bleu(statistics)
@@ -101,12 +101,6 @@ def _evaluate(
     per_image: dict[str, FloatArray] = {f"bleu_{n + 1}": bleu[:, n] for n in range(bleu.shape[1])}
     per_image |= {"rouge_l": rouge, "cider": cider, "cider_d": cider}
     return Scores(tuple(references), corpus, per_image, statistics)
-
-
-def _words(tokens: Sequence[str]) -> Sequence[str]:
-    """Tokens, split where they hold a space."""
-    text = " ".join(tokens)
-    return tokens if text.isascii() else text.split()
 
 
 def check_ids(references: Mapping[Hashable, object], hypotheses: Mapping[Hashable, object]) -> None:

@@ -179,7 +179,7 @@ class _Rule:
     clean: Callable[[str], str]  # from the characters of the caption to the token
     keep: int = 0  # of the characters matched by group 1, how many at its end are left for the next token
     accept: Callable[[str], bool] | None = None  # what else the characters must fulfil
-    first: str = "."  # what it can begin with: "a" a letter, "1" a digit, "." anything else
+    first: str = "."  # what it can begin with: "a" a letter, "1" a digit, "<" a tag, "." the rest
 
 
 def _plain(text: str) -> str:
@@ -262,7 +262,7 @@ def _rules() -> dict[str, list[_Rule]]:
         rule(r"[cC]\+\+|[cCfF]#", first="a"),
         rule(r"(?i:cannot|'twas)", keep=3, first="a."),
         rule(rf"{_APOSTROPHE}(?i:tis)|(?i:gonna|gotta|lemme|gimme|wanna)", keep=2, first="a."),
-        rule(_TAG, clean=lambda text: text.replace(" ", "\u00a0")),
+        rule(_TAG, clean=lambda text: text.replace(" ", "\u00a0"), first="<"),
         rule(r"&(?i:md|mdash|ndash);|[\u0096\u0097\u2013-\u2015]", clean=_removed),
         rule(_ENTITY_AND, clean=lambda text: "&"),
         rule(r"&(?:(?i:ht|tl|ur|lr|qc|ql|qr|odq|cdq)|#[0-9]+);"),
@@ -360,7 +360,9 @@ def _rules() -> dict[str, list[_Rule]]:
         rule(r"&(?i:nbsp);", clean=_removed),
         rule(r"[+%&~^|\\°⁄]"),
     )
-    return {first: [rule for rule in rules if first in rule.first] for first in "a1."}
+    by_first = {first: [rule for rule in rules if first in rule.first] for first in "a1."}
+    by_first["<"] = [rule for rule in rules if "<" in rule.first or "." in rule.first]
+    return by_first
 
 
 # --- Reading ---
@@ -398,6 +400,8 @@ def _lex(caption: str, following: str) -> list[str]:
                 place = plain.end()
                 continue
         kind = "a" if character.isalpha() else "1" if character.isdecimal() else "."
+        if character == "<" and shape.find(">", place) >= 0:  # else a row of opened tags would be read to the end each
+            kind = "<"
         furthest, size, chosen = place, 1, None
         for rule in rules[kind]:
             match = rule.pattern.match(shape, place)
@@ -456,4 +460,10 @@ def tokenize(caption: str, *, following: str = "A ") -> list[str]:
 def tokenize_all(captions: Sequence[str]) -> list[list[str]]:
     """Splits the captions of a file, each with a view of the next one, exactly as the reference does."""
     following = [*captions[1:], ""]
-    return [tokenize(caption, following=next_one) for caption, next_one in zip(captions, following, strict=True)]
+    return [tokenize(caption, following=following[number]) for number, caption in enumerate(captions)]
+
+
+def split_words(tokens: Sequence[str]) -> Sequence[str]:
+    """Tokens, split where they hold a space: to BLEU and CIDEr `3 1/2` is two words, to ROUGE-L it is one."""
+    text = " ".join(tokens)
+    return tokens if text.isascii() else text.split()

@@ -1,9 +1,14 @@
-"""Scores against pycocoevalcap and against values worked out by hand."""
+"""Scores against pycocoevalcap, against the definitions, and against values worked out by hand."""
 
 import math
+import subprocess
+import sys
 
+import corpora
 import numpy as np
+import peer
 import pytest
+import textbook
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,44 +20,29 @@ words = st.sampled_from(["a", "man", "dog", "on", "the", "grass", "runs", "red"]
 sentences = st.lists(words, max_size=12)
 
 
-def peer_scores(references, hypotheses):
-    """pycocoevalcap's scores of tokenised captions: of the corpus and of each image."""
-    bleu = pytest.importorskip("pycocoevalcap.bleu.bleu")
-    cider = pytest.importorskip("pycocoevalcap.cider.cider")
-    rouge = pytest.importorskip("pycocoevalcap.rouge.rouge")
-    gts = {image: [" ".join(tokens) for tokens in texts] for image, texts in references.items()}
-    res = {image: [" ".join(tokens)] for image, tokens in hypotheses.items()}
-    corpus, per_image = {}, {}
-    totals, lists = bleu.Bleu(4).compute_score(gts, res, verbose=0)
-    for n in range(4):
-        corpus[f"bleu_{n + 1}"], per_image[f"bleu_{n + 1}"] = totals[n], lists[n]
-    corpus["rouge_l"], per_image["rouge_l"] = rouge.Rouge().compute_score(gts, res)
-    for name in ("cider", "cider_d"):
-        corpus[name], per_image[name] = cider.Cider().compute_score(gts, res)
-    return corpus, per_image
-
-
-def assert_equal_to_peer(references, hypotheses):
+def assert_equal_to(reference, references, hypotheses):
     scores = metrics.evaluate_tokens(references, hypotheses)
-    corpus, per_image = peer_scores(references, hypotheses)
+    corpus, per_image = reference(references, hypotheses)
     assert list(scores.corpus) == list(metrics.METRICS)
     for name in metrics.METRICS:
         assert scores.corpus[name] == pytest.approx(corpus[name], abs=TOLERANCE, rel=0), name
         np.testing.assert_allclose(scores.per_image[name], per_image[name], atol=TOLERANCE, rtol=0, err_msg=name)
 
 
-@given(st.data())
+@pytest.mark.parametrize("reference", [textbook.scores, peer.scores], ids=["textbook", "pycocoevalcap"])
+@given(data=st.data())
 @settings(deadline=None, max_examples=150)
-def test_equals_pycocoevalcap_on_generated_corpora(data):
+def test_equals_the_reference_on_generated_corpora(reference, data):
     images = data.draw(st.integers(1, 6))
     references = {i: data.draw(st.lists(sentences, min_size=1, max_size=4)) for i in range(images)}
     if not any(tokens for texts in references.values() for tokens in texts):
         references[0][0] = ["dog"]  # pycocoevalcap fails where no reference of the corpus has a word
     unseen = st.lists(st.one_of(words, st.just("zebra"), st.just("quagga")), max_size=12)
     hypotheses = {i: data.draw(st.one_of(unseen, st.sampled_from(references[i]))) for i in range(images)}
-    assert_equal_to_peer(references, hypotheses)
+    assert_equal_to(reference, references, hypotheses)
 
 
+@pytest.mark.parametrize("reference", [textbook.scores, peer.scores], ids=["textbook", "pycocoevalcap"])
 @pytest.mark.parametrize(
     ("references", "hypotheses"),
     [
@@ -64,8 +54,8 @@ def test_equals_pycocoevalcap_on_generated_corpora(data):
     ],
     ids=["one image", "empty hypothesis", "empty reference", "repetition", "unseen words, other order"],
 )
-def test_equals_pycocoevalcap_at_the_edges(references, hypotheses):
-    assert_equal_to_peer(references, {image: hypotheses[image] for image in references})
+def test_equals_the_reference_at_the_edges(reference, references, hypotheses):
+    assert_equal_to(reference, references, {image: hypotheses[image] for image in references})
 
 
 def test_identical_captions_score_the_maximum():
@@ -97,3 +87,40 @@ def test_wrong_ids_are_named():
         metrics.score({"a": ["x"], "b": []}, {"a": "x", "b": "y"})
     with pytest.raises(ValueError, match="nothing to score"):
         metrics.score({}, {})
+
+
+@pytest.mark.reference
+@pytest.mark.shared
+@pytest.mark.slow
+@pytest.mark.parametrize("corpus", [corpora.coco, corpora.flickr8k])
+def test_equals_pycocoevalcap_on_real_captions(corpus, tmp_path):
+    references, hypotheses = corpora.leave_one_out(corpus())
+    texts = [text for texts in references.values() for text in texts]
+    tokens = iter(peer.tokenize(texts, tmp_path))
+    tokenised = {image: [next(tokens) for _ in texts] for image, texts in references.items()}
+    captions = dict(zip(references, peer.tokenize(list(hypotheses.values()), tmp_path), strict=True))
+    corpus_scores, per_image = peer.scores(tokenised, captions)
+    scores = metrics.evaluate(references, hypotheses)
+    assert scores.ids == tuple(references)
+    for name in metrics.METRICS:
+        assert scores.corpus[name] == pytest.approx(corpus_scores[name], abs=TOLERANCE, rel=0), name
+        np.testing.assert_allclose(scores.per_image[name], per_image[name], atol=TOLERANCE, rtol=0, err_msg=name)
+
+
+def test_a_fraction_is_one_token_to_rouge_and_two_words_to_the_rest():
+    references, hypotheses = {1: ["about 3 1/2 dogs"]}, {1: "about 3 1/2 cats"}
+    scores = metrics.score(references, hypotheses)
+    assert scores["rouge_l"] == pytest.approx(2 / 3)
+    assert scores["bleu_1"] == pytest.approx(3 / 4)
+
+
+def test_ten_thousand_words():
+    words = [f"word{number % 50}" for number in range(10_000)]
+    scores = metrics.score_tokens({1: [words, words[::-1]]}, {1: words})
+    assert scores["bleu_4"] == pytest.approx(1)
+    assert scores["rouge_l"] == pytest.approx(1)
+
+
+def test_importing_metrics_is_light():
+    program = "import sys, captioner.metrics; sys.exit(' '.join({'torch', 'nltk', 'safetensors'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
