@@ -39,6 +39,9 @@ _NOTES = {
 }
 _SAMPLES = 3  # names kept of each kind of problem
 
+#: How a caption file names a photo.
+ImageId = int | str
+
 _WORDS: dict[str, Split] = {"train": "train", "val": "val", "test": "test"}
 _WORDS |= {"valid": "val", "validation": "val", "dev": "val"}
 _COCO_NAME = re.compile(r"captions_(train|val|test)(\d*)\.json")
@@ -51,7 +54,7 @@ _FLICKR_FOLDERS = ("Flicker8k_Dataset", "Flickr8k_Dataset", "Flicker8k_photos", 
 class Example:
     """One photo with its captions."""
 
-    image_id: int | str  # as the caption file gives it (COCO: a number; CSV, JSONL and Flickr8k: the photo's name)
+    image_id: ImageId  # as the caption file gives it (COCO: a number; CSV, JSONL and Flickr8k: the photo's name)
     path: Path
     captions: tuple[str, ...]  # as written, without white space around them; at least one
     split: Split

@@ -14,12 +14,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Literal, TextIO, TypeVar
 
 import tyro
 
-from captioner.config import PRESETS, DecodingOptions, TrainingConfig
+from captioner.config import PRESETS, DecodingOptions, Statistics, TrainingConfig
 from captioner.errors import CaptionerError
+
+if TYPE_CHECKING:
+    from captioner.model import Captioner
+
+_A = TypeVar("_A", "CaptionArguments", "EvaluateArguments")
 
 
 @dataclass(frozen=True)
@@ -36,17 +41,28 @@ class CaptionArguments:
 
 @dataclass(frozen=True)
 class EvaluateArguments:
-    """Caption a split of a data set and score the captions."""
+    """Score captions: of a model on a split (--model, --data), or files of results (--references).
 
-    data: Path  # a folder in a known layout, or a caption file
-    model: str = "runs/coco"  # folder of a saved model or of a training run, or owner/name on the Hugging Face Hub
+    Two files of results are compared with each other by a paired test.
+    """
+
+    results: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()  # one or two files in COCO's result format
+    results_file: Annotated[Path | None, tyro.conf.arg(name="results")] = None  # the same, as an option
+    references: Path | None = None  # human captions: any caption file or folder that --data takes; no photos needed
+    model: str | None = None  # folder of a saved model or of a training run, or owner/name on the Hugging Face Hub
     encoder_weights: Annotated[str | None, tyro.conf.arg(name="encoder.weights")] = None  # where the CNN's weights are
+    data: Path | None = None  # photos and captions: a folder in a known layout, or a caption file
     images: Path | None = None  # folder of the photos, where the layout does not say it
     split: Literal["train", "val", "test"] = "val"
     on_problem: Literal["error", "skip"] = "error"  # missing photos, double ids and so on: stop, or leave them out
     features: Path | None = None  # folder of the feature store
-    output: Path | None = None  # JSON file for the scores, and for all that they depend on
-    results: Path | None = None  # JSON file for the captions, in COCO's result format
+    idf: Path | None = None  # document frequencies for CIDEr, to score few photos meaningfully (see --save-idf)
+    save_idf: Path | None = None  # file to write the references' document frequencies to
+    java: tuple[Literal["meteor", "spice"], ...] = ()  # scores that need Java and pycocoevalcap
+    statistics: Statistics = dataclasses.field(default_factory=Statistics)
+    output: Path | None = None  # JSON file for the scores and all that they depend on
+    per_image: Path | None = None  # JSONL file for the scores of each photo
+    captions: Path | None = None  # JSON file for the model's captions, in COCO's result format
     decoding: Annotated[DecodingOptions, tyro.conf.arg(name="")] = dataclasses.field(default_factory=DecodingOptions)
 
 
@@ -125,10 +141,7 @@ def _caption(arguments: Sequence[str] | None, prog: str) -> int:
 
     paths = images.find(chosen.photos)
     captioner = Captioner.from_pretrained(chosen.model, encoder_weights=chosen.encoder_weights)
-    # Options that were not given are those that the model was validated with.
-    options = tyro.cli(
-        CaptionArguments, args=arguments, prog=prog, default=dataclasses.replace(chosen, decoding=captioner.options)
-    ).decoding
+    options = _options(CaptionArguments, chosen, arguments, prog, captioner)
     bad = 0
     with _writer(chosen.output) as out:
         for photo in caption_photos(captioner, paths, options):
@@ -152,7 +165,71 @@ def _caption(arguments: Sequence[str] | None, prog: str) -> int:
 
 def _evaluate(arguments: Sequence[str] | None, prog: str) -> int:
     chosen = tyro.cli(EvaluateArguments, args=arguments, prog=prog)
-    raise NotImplementedError
+    from captioner import evaluation, metrics
+    from captioner.annotations import load
+    from captioner.model import Captioner
+    from captioner.preparation import stored_features
+    from captioner.reports import show
+
+    files = chosen.results + ((chosen.results_file,) if chosen.results_file else ())
+    if (chosen.model is None) == (not files) or len(files) > 2:
+        raise CaptionerError("what to score is not clear; give --model DIR with --data, or one or two files of results")
+    if (source := chosen.data if chosen.model else chosen.references) is None:
+        option = "--data" if chosen.model else "--references"
+        raise CaptionerError(f"the human captions are missing; give them with {option}")
+    captions = load(source, images=chosen.images, on_problem=chosen.on_problem, check_images=chosen.model is not None)
+    examples = captions.split(chosen.split)
+    if chosen.model is not None:
+        captioner = Captioner.from_pretrained(chosen.model, encoder_weights=chosen.encoder_weights)
+        captioner.options = _options(EvaluateArguments, chosen, arguments, prog, captioner)
+        store, unreadable = stored_features(captions, examples, captioner.encoder, chosen.features)
+        examples = tuple(example for example in examples if example.image_id not in unreadable)
+        candidates = [evaluation.caption_split(captioner, store, examples)]
+    else:
+        unreadable = {}
+        candidates = [evaluation.read_results(path, evaluation.references_of(examples)) for path in files]
+    references = evaluation.references_of(examples)
+    trained_on = [e for e in captions.examples if e.split == "train" != chosen.split]
+    evaluations = [
+        evaluation.evaluate(
+            references,
+            found,
+            training=[caption for example in trained_on for caption in example.captions],
+            idf=None if chosen.idf is None else metrics.Idf.load(chosen.idf),
+            statistics=chosen.statistics,
+            java=chosen.java,
+        )
+        for found in candidates
+    ]
+    comparison = evaluation.compare(evaluations, chosen.statistics) if len(evaluations) == 2 else {}
+    result = {
+        **evaluation.circumstances(captions, chosen.idf, chosen.statistics),
+        "split": chosen.split,
+        "photos": len(references),
+        "unreadable": [str(error) for error in unreadable.values()],
+        "evaluations": [found.as_json() for found in evaluations],
+        "comparison": {name: dataclasses.asdict(value) for name, value in comparison.items()},
+    }
+    if chosen.save_idf is not None:
+        metrics.Idf.from_references(references).save(chosen.save_idf)
+    for path, text in (
+        (chosen.output, json.dumps(result, indent=2) + "\n"),
+        (chosen.per_image, "".join(json.dumps(row) + "\n" for found in evaluations for row in found.per_image())),
+        (chosen.captions, json.dumps(candidates[0].results(), indent=0) + "\n"),
+    ):
+        if path is not None:
+            with _writer(path) as out:
+                out.write(text)
+    show(evaluations, comparison)
+    return 1 if unreadable else 0
+
+
+def _options(
+    kind: type[_A], chosen: _A, arguments: Sequence[str] | None, prog: str, captioner: Captioner
+) -> DecodingOptions:
+    """Decoding options as given; those that were not are the ones that the model was validated with."""
+    default = dataclasses.replace(chosen, decoding=captioner.options)
+    return tyro.cli(kind, args=arguments, prog=prog, default=default).decoding
 
 
 @contextmanager

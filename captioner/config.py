@@ -192,6 +192,20 @@ class TrainingConfig:
             _at_least(name, getattr(self, name), 1)
 
 
+@dataclass(frozen=True)
+class Statistics:
+    """How sure scores are, and how it was computed."""
+
+    resamples: int = 1000  # of the bootstrap, and swaps of the paired test; 0: no intervals
+    confidence: float = 0.95  # of the intervals
+    seed: int = 0  # of both
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _at_least("statistics.resamples", self.resamples, 0)
+        _share("statistics.confidence", self.confidence)
+
+
 def _choice(name: str, value: str, allowed: Any) -> None:
     if value not in get_args(allowed):
         raise CaptionerError(f"{name} is {value!r}; expected one of {', '.join(get_args(allowed))}")

@@ -22,13 +22,12 @@ import numpy.typing as npt
 from filelock import FileLock, Timeout
 
 from captioner import images
-from captioner.annotations import Annotations, Example
+from captioner.annotations import Annotations, Example, ImageId
 from captioner.config import FEATURE_SIZE
 from captioner.encoder import Encoder
 from captioner.errors import FeatureStoreError, ImageError
 
 _ROW_BYTES = 2 * FEATURE_SIZE
-ImageId = int | str
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ import numpy.typing as npt
 from accelerate import Accelerator
 
 from captioner import features, images
-from captioner.annotations import Annotations, Example, load
+from captioner.annotations import Annotations, Example, ImageId, load
 from captioner.config import TrainingConfig
 from captioner.dataset import Source
 from captioner.encoder import Encoder
 from captioner.errors import ImageError
-from captioner.features import FeatureStore, ImageId, Stamp
+from captioner.features import FeatureStore, Stamp
 from captioner.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -56,31 +56,52 @@ def prepare(config: TrainingConfig, accelerator: Accelerator) -> Data:
     )
     log.info("%s: %s", captions.name, captions.problems.report())
     encoder = Encoder(config.encoder, trainable=config.optimisation.encoder_learning_rate > 0).to(accelerator.device)
+    splits = {name: captions.split(name) for name in ("train", "val")}
+    examples = [*splits["train"], *splits["val"]]
     if encoder.trainable:
-        photos = images.Photos([example.path for example in captions.examples], config.encoder.image_size)
+        photos = images.Photos([example.path for example in examples], config.encoder.image_size)
         source: Source = photos
-        row_of = {example.image_id: row for row, example in enumerate(captions.examples)}
-        failures = {captions.examples[row].image_id: error for row, error in photos.check().items()}
+        row_of = {example.image_id: row for row, example in enumerate(examples)}
+        failures = {examples[row].image_id: error for row, error in photos.check().items()}
+        for error in failures.values():
+            log.warning("left out: %s", error)
     else:
         with accelerator.main_process_first():
-            store, failures = _features(captions, encoder, where.features, accelerator.is_main_process)
+            store, failures = stored_features(
+                captions, examples, encoder, where.features, shown=accelerator.is_main_process
+            )
         source, row_of = store.features(), store.row_of
-    for error in failures.values():
-        log.warning("left out: %s", error)
 
     def split(name: Literal["train", "val"]) -> Split:
-        kept = [example for example in captions.split(name) if example.image_id not in failures]
+        kept = [example for example in splits[name] if example.image_id not in failures]
         return Split(kept, source, np.array([row_of[example.image_id] for example in kept], np.int64))
 
     return Data(captions.name, encoder, split("train"), split("val"))
 
 
-def _features(
-    captions: Annotations, encoder: Encoder, folder: Path | None, shown: bool
+def stored_features(
+    captions: Annotations, examples: Sequence[Example], encoder: Encoder, folder: Path | None, *, shown: bool = True
 ) -> tuple[FeatureStore, dict[ImageId, ImageError]]:
-    """The store that holds the features of all photos; those that are not in it yet are computed."""
+    """The store that holds the features of photos; those that are not in it yet are computed.
+
+    Args:
+        captions: the data set, which has a folder of its own where none is given.
+        examples: its photos whose features are wanted.
+        encoder: what looks at them.
+        folder: of the store.
+        shown: whether to draw a progress bar.
+
+    Returns:
+        The store, and the photos that could not be decoded, with the reasons.
+
+    Raises:
+        FeatureStoreError: the folder holds other features, or cannot be written.
+    """
     stamp = Stamp.of(encoder)
     store = FeatureStore(folder or features.default_folder(captions, stamp), stamp)
     log.info("features of %s are kept in %s", stamp.encoder, store.folder)
     with Progress("features", 0, "photos", shown=shown) as progress:
-        return store, features.add_photos(store, encoder, captions.examples, progress=progress.set)
+        failures = features.add_photos(store, encoder, examples, progress=progress.set)
+    for error in failures.values():
+        log.warning("left out: %s", error)
+    return store, failures

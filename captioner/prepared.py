@@ -113,7 +113,7 @@ class PreparedDecoder:
             i, f, o = gates[:, : size // 4 * 3].sigmoid_().chunk(3, dim=1)
             g = gates[:, size // 4 * 3 :].tanh_()
             c = torch.addcmul(f * previous[1], i, g)
-            return (torch.tanh(c) * o).to(self.dtype), c
+            return torch.tanh(c.to(self.dtype)).mul_(o), c
         if self.cell == "gru":
             hidden = size // 3
             r, z = (from_input[:, : 2 * hidden] + from_hidden[:, : 2 * hidden]).sigmoid_().chunk(2, dim=1)

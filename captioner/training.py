@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -26,14 +26,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name that everyone uses
 
-from captioner import checkpoint, weights
+from captioner import checkpoint, metrics, weights
 from captioner.config import TrainingConfig
 from captioner.dataset import Batch, CaptionDataset
 from captioner.decoder import Decoder
 from captioner.encoder import Encoder
 from captioner.errors import CaptionerError, CheckpointError
-from captioner.evaluation import Evaluation, describe, score
-from captioner.model import Captioner
+from captioner.evaluation import describe, references_of
+from captioner.model import Caption, Captioner
 from captioner.preparation import Data, prepare
 from captioner.progress import Progress
 from captioner.tracking import Tracker
@@ -42,6 +42,7 @@ from captioner.vocabulary import Vocabulary
 log = logging.getLogger(__name__)
 
 _STATE, _HISTORY = "training_state.safetensors", "training.json"
+_TRAINING = ("epoch", "train_loss")  # what an epoch's record holds that is not of validation
 _SAMPLES = 8  # validation photos shown in Weights & Biases
 _LOG_EVERY = 20  # optimiser steps; reading the loss makes the device wait
 
@@ -150,18 +151,17 @@ class Trainer:
         )  # fmt: skip
         while not self._finished():
             began = time.monotonic()
-            scores = self._epoch(tracker)
-            evaluation = self._validate()
+            losses = self._epoch(tracker)
+            captions, scores = self._validate()
             history.epoch += 1
             history.seconds += time.monotonic() - began
-            scores |= evaluation.scores
-            history.epochs.append(scores)
+            history.epochs.append({**losses, **scores})
             better = scores["cider"] > history.best_cider
             if better:
                 history.best_cider, history.best_epoch = scores["cider"], history.epoch
             if main:
-                self._report(tracker, scores, evaluation)
-                self._save(better, evaluation)
+                self._report(tracker, captions)
+                self._save(better, captions)
             self.accelerator.wait_for_everyone()
         tracker.finish({"best_epoch": history.best_epoch, "best_cider": history.best_cider})
         return history
@@ -218,7 +218,7 @@ class Trainer:
         return {"epoch": history.epoch + 1, "train_loss": self._finite(float(total) / words)}
 
     @torch.inference_mode()
-    def _validate(self) -> Evaluation:
+    def _validate(self) -> tuple[list[Caption], dict[str, float]]:
         """Captions, scores and loss of the validation photos; each process takes a share of the captions."""
         self.network.eval()
         accelerator, split = self.accelerator, self.data.val
@@ -228,7 +228,8 @@ class Trainer:
             numbered = gather_object(list(zip(range(rank, len(split.rows), processes), captions, strict=True)))
             captions = [caption for _, caption in sorted(numbered, key=lambda pair: pair[0])]
         # Everyone computes the scores, so that everyone takes the same decisions.
-        evaluation = score(split.examples, captions)
+        references = references_of(split.examples)
+        scores = metrics.score(references, dict(zip(references, (caption.text for caption in captions), strict=True)))
         total, words = 0.0, 0
         for batch in self.val.epoch(
             0, batch_size=self.config.optimisation.batch_size, seed=0, by_photo=self.data.encoder.trainable
@@ -237,7 +238,7 @@ class Trainer:
             logits = accelerator.unwrap_model(self.network)(batch)
             total += float(F.cross_entropy(logits, batch.targets, reduction="sum"))
             words += len(batch.targets)
-        return dataclasses.replace(evaluation, scores={"val_loss": total / words, **evaluation.scores})
+        return captions, {"val_loss": total / words, **scores}
 
     def _schedule(self, step: int) -> float:
         """Share of the learning rate: linear warm-up, then half a cosine down to 1 % (Loshchilov & Hutter 2017)."""
@@ -260,30 +261,29 @@ class Trainer:
             "lower --optimisation.learning-rate or use --precision fp32, with a new --output"
         )
 
-    def _report(self, tracker: Tracker, scores: Mapping[str, float], evaluation: Evaluation) -> None:
+    def _report(self, tracker: Tracker, captions: Sequence[Caption]) -> None:
         history = self.history
+        scores = history.epochs[-1]
         best = " (best so far)" if history.best_epoch == history.epoch else ""
         log.info(
             "epoch %d: loss %.3f, validation loss %.3f, BLEU-4 %.4f, CIDEr %.4f%s",
             history.epoch, scores["train_loss"], scores["val_loss"], scores["bleu_4"], scores["cider"], best,
         )  # fmt: skip
-        tracker.log(history.step, {f"val/{name}": value for name, value in evaluation.scores.items()})
-        shown = self.data.val.examples[:: max(1, len(self.data.val.examples) // _SAMPLES)][:_SAMPLES]
+        tracker.log(
+            history.step,
+            {f"val/{name}": value for name, value in scores.items() if name not in _TRAINING},
+        )
+        pairs = list(zip(self.data.val.examples, captions, strict=True))
         tracker.samples(
             history.step,
             ("photo", "caption", "log-probability", "human captions"),
             [
-                (
-                    example.path,
-                    evaluation.captions[example.image_id].text,
-                    evaluation.captions[example.image_id].logprob,
-                    "\n".join(example.captions),
-                )
-                for example in shown
+                (example.path, caption.text, caption.logprob, "\n".join(example.captions))
+                for example, caption in pairs[:: max(1, len(pairs) // _SAMPLES)][:_SAMPLES]
             ],
         )
 
-    def _save(self, better: bool, evaluation: Evaluation) -> None:
+    def _save(self, better: bool, captions: Sequence[Caption]) -> None:
         history, output = self.history, self.config.output
         names = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider")
         self.captioner.training = {
@@ -293,11 +293,15 @@ class Trainer:
             "epoch": history.epoch,
             "seed": self.config.seed,
             "seconds": round(history.seconds, 1),
-            "scores": {name: evaluation.scores[name] for name in names},
+            "scores": {name: history.epochs[-1][name] for name in names},
         }
         if better:
+            results = [
+                {"image_id": example.image_id, "caption": caption.text}
+                for example, caption in zip(self.data.val.examples, captions, strict=True)
+            ]
             self.captioner.save_pretrained(output / "best")
-            checkpoint.write_text(output / "captions_val.json", json.dumps(evaluation.results(), indent=0) + "\n")
+            checkpoint.write_text(output / "captions_val.json", json.dumps(results, indent=0) + "\n")
         with checkpoint.replacing(output / "last") as folder:
             self.captioner.write(folder)
             save_file(self._state(), folder / _STATE)

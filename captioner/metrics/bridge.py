@@ -24,7 +24,7 @@ JAVA_METRICS = ("meteor", "spice")
 
 
 def java_scores(
-    references: Mapping[Hashable, Sequence[str]], hypotheses: Mapping[Hashable, str], metric: str
+    references: Mapping[Any, Sequence[str]], hypotheses: Mapping[Any, str], metric: str
 ) -> tuple[float, FloatArray]:
     """METEOR or SPICE of raw captions, tokenised as for the other scores.
 

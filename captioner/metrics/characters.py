@@ -24,7 +24,9 @@ _THEMSELVES = frozenset(
 )
 
 _WIDE_SPACES = "2000-200a 3000"
-_LINE_BREAKS = "85 2028 2029"  # the reference would begin another caption here; for us they are spaces
+_LINE_BREAKS = (
+    "85 2028 2029"  # at most of these, \v, \f and \r the reference begins another caption; for us they part words
+)
 
 # Not letters to Unicode, but parts of words to the reference: mostly vowel signs and accents
 _MARKS = (
@@ -68,11 +70,12 @@ class _Outline(dict[int, str]):
     def __init__(self) -> None:
         super().__init__({code: chr(code) for code in range(0x20, 0x7F)})
         self.update((code, UNKNOWN) for code in range(0x20))
-        self.update((ord(space), " ") for space in "\t\n\v\f\r")
+        self.update({ord("\n"): " "} | {ord(space): "\t" for space in "\t\v\f\r"})
         self[0x7F] = UNKNOWN
         for ranges, stand_in in ((_TOO_NEW, UNKNOWN), (_SYMBOLS, SYMBOL), (_MARKS, MARK)):
             self.update((code, stand_in) for code in _expand(ranges))
-        self.update((code, WIDE) for code in _expand(_WIDE_SPACES + " " + _LINE_BREAKS))
+        self.update((code, WIDE) for code in _expand(_WIDE_SPACES))
+        self.update((code, "\t") for code in _expand(_LINE_BREAKS))
         self.update((ord(character), character) for character in _THEMSELVES)
 
     def __missing__(self, code: int) -> str:

@@ -8,7 +8,7 @@ Gaussian (sigma 6 words) punishes a difference in length. The paper's plain CIDE
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -35,7 +35,7 @@ class CiderD:
 
     def __init__(
         self,
-        references: Mapping[Hashable, Sequence[Sequence[Hashable]]],
+        references: Mapping[Any, Sequence[Sequence[Hashable]]],
         *,
         idf: Idf | None = None,
         variant: Variant = "d",

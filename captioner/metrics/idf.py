@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +47,7 @@ class Idf:
             before = len(keys)
 
     @classmethod
-    def from_references(cls, references: Mapping[Hashable, Sequence[str]]) -> Idf:
+    def from_references(cls, references: Mapping[Any, Sequence[str]]) -> Idf:
         """Counts raw references, several per image.
 
         Raises:
@@ -58,7 +59,7 @@ class Idf:
         )
 
     @classmethod
-    def from_tokens(cls, references: Mapping[Hashable, Sequence[Sequence[Hashable]]]) -> Idf:
+    def from_tokens(cls, references: Mapping[Any, Sequence[Sequence[Hashable]]]) -> Idf:
         """Counts tokenised references, several per image; tokens are anything hashable, only words can be saved.
 
         Raises:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -94,7 +94,7 @@ class ReferenceIndex:
         ValueError: an image has no reference.
     """
 
-    def __init__(self, references: Mapping[Hashable, Sequence[Sequence[Hashable]]], idf: Idf | None = None) -> None:
+    def __init__(self, references: Mapping[Any, Sequence[Sequence[Hashable]]], idf: Idf | None = None) -> None:
         empty = [image for image, sentences in references.items() if not len(sentences)]
         if empty:
             raise ValueError(f"image {empty[0]!r} has no reference; every image needs at least one")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ class Scores:
 
 
 def score(
-    references: Mapping[Hashable, Sequence[str]], hypotheses: Mapping[Hashable, str], *, idf: Idf | None = None
+    references: Mapping[Any, Sequence[str]], hypotheses: Mapping[Any, str], *, idf: Idf | None = None
 ) -> dict[str, float]:
     """Scores raw captions exactly as pycocoevalcap does.
 
@@ -42,16 +43,19 @@ def score(
         `bleu_1` to `bleu_4` and `rouge_l`, 0 to 1; `cider` and `cider_d`, 0 to 10.
 
     Raises:
-        ValueError: the images differ, there are none, or one has no reference.
+        ValueError: the images differ, there are none, one has no reference, or a caption is not text.
     """
     return evaluate(references, hypotheses, idf=idf).corpus
 
 
 def evaluate(
-    references: Mapping[Hashable, Sequence[str]], hypotheses: Mapping[Hashable, str], *, idf: Idf | None = None
+    references: Mapping[Any, Sequence[str]], hypotheses: Mapping[Any, str], *, idf: Idf | None = None
 ) -> Scores:
     """As `score`, with the scores of every image."""
     check_ids(references, hypotheses)
+    for image, texts in references.items():
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in (*texts, hypotheses[image])):
+            raise ValueError(f"captions of image {image!r} are not a list of references and one hypothesis in text")
     # all references in one go, as the server does: how a caption begins can matter to the one before
     tokens = iter(tokenize_all([text for texts in references.values() for text in texts]))
     tokenised = {image: [next(tokens) for _ in texts] for image, texts in references.items()}
@@ -60,8 +64,8 @@ def evaluate(
 
 
 def score_tokens(
-    references: Mapping[Hashable, Sequence[Sequence[str]]],
-    hypotheses: Mapping[Hashable, Sequence[str]],
+    references: Mapping[Any, Sequence[Sequence[str]]],
+    hypotheses: Mapping[Any, Sequence[str]],
     *,
     idf: Idf | None = None,
 ) -> dict[str, float]:
@@ -70,8 +74,8 @@ def score_tokens(
 
 
 def evaluate_tokens(
-    references: Mapping[Hashable, Sequence[Sequence[str]]],
-    hypotheses: Mapping[Hashable, Sequence[str]],
+    references: Mapping[Any, Sequence[Sequence[str]]],
+    hypotheses: Mapping[Any, Sequence[str]],
     *,
     idf: Idf | None = None,
 ) -> Scores:
@@ -81,8 +85,8 @@ def evaluate_tokens(
 
 
 def _evaluate(
-    references: Mapping[Hashable, Sequence[Sequence[str]]],
-    hypotheses: Mapping[Hashable, Sequence[str]],
+    references: Mapping[Any, Sequence[Sequence[str]]],
+    hypotheses: Mapping[Any, Sequence[str]],
     idf: Idf | None,
 ) -> Scores:
     # ROUGE-L compares tokens; BLEU and CIDEr compare words, of which the token `3 1/2` has two
@@ -103,7 +107,7 @@ def _evaluate(
     return Scores(tuple(references), corpus, per_image, statistics)
 
 
-def check_ids(references: Mapping[Hashable, object], hypotheses: Mapping[Hashable, object]) -> None:
+def check_ids(references: Mapping[Any, object], hypotheses: Mapping[Any, object]) -> None:
     """Raises a ValueError unless the images of references and hypotheses are the same."""
     if not references:
         raise ValueError("there is nothing to score: no image has references")

@@ -49,20 +49,7 @@ _HARD = """
     [sic] "STOP" 'STOP' stop." stop". (right). and... ...and man,woman man.Woman dog;cat word:word _blank_ *wow* ~5
     100ft. hi!there e-mail. etc.) U.S., Mr.Smith café naïve soft\u00adhyphen it’s “quoted” ‘so’ — – … 😀 ™ ® ×
 """.split()
-_MARKS = list("!?.,;:-'\"()[]{}/\\&@#$%*_+=~|<>") + [
-    "...",
-    "..",
-    "--",
-    "’",
-    "“",
-    "”",
-    "–",
-    "…",
-    "é",
-    "\u00a0",
-    "°",
-    "•",
-]
+_MARKS = [*"!?.,;:-'\"()[]{}/\\&@#$%*_+=~|<>’“”–…é\u00a0°•", "...", "..", "--"]
 
 
 def made_up(count, seed):

@@ -49,7 +49,7 @@ def test_length_and_repetition_are_punished_by_cider_d_only():
 
 def test_wrong_calls():
     reward = metrics.CiderD(TOKENS)
-    with pytest.raises(ValueError, match="image 'x.jpg' has no references"):
+    with pytest.raises(ValueError, match=r"image 'x\.jpg' has no references"):
         reward(["x.jpg"], [["a"]])
     with pytest.raises(ValueError, match="2 images for 1 hypotheses"):
         reward(["dog.jpg"] * 2, [["a"]])

@@ -1,0 +1,1 @@
+"""Each claim about speed as a program: `python -m benchmarks.NAME`."""
