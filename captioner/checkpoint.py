@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -84,6 +85,17 @@ def read(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: a file is missing, altered or of another version; the message says which and how.
     """
+    while True:
+        recover(folder)
+        before = _identity(folder)
+        try:
+            return _read(folder)
+        except CheckpointError:
+            if _identity(folder) == before:
+                raise  # and not because the model was replaced while it was read
+
+
+def _read(folder: Path) -> Checkpoint:
     config = _read_config(folder)
     try:
         encoder = dict(config["encoder"])
@@ -96,13 +108,19 @@ def read(folder: Path) -> Checkpoint:
         decoding = DecodingOptions(**options)
         hashes = dict(config["sha256"])
         size = int(config["vocabulary_size"])
+        training = dict(config["training"])
     except (KeyError, TypeError, ValueError, CaptionerError) as error:
-        raise CheckpointError(f"{folder / CONFIG}: not what captioner {__version__} writes ({error!r})") from None
+        what = f"has no {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(
+            f"{folder / CONFIG}: not what captioner {__version__} writes ({what}); fetch the model again"
+        ) from None
     for name in (WEIGHTS, TOKENIZER):
         _check_file(folder / name, hashes.get(name))
     vocabulary = Vocabulary.load(folder / TOKENIZER)
     if len(vocabulary) != size:
-        raise CheckpointError(f"{folder / TOKENIZER}: has {len(vocabulary)} words, the model was trained with {size}")
+        raise CheckpointError(
+            f"{folder / TOKENIZER}: has {len(vocabulary)} words, the model was trained with {size}; fetch it again"
+        )
     state = weights.read(folder / WEIGHTS)
     return Checkpoint(
         encoder=encoder_config,
@@ -112,7 +130,7 @@ def read(folder: Path) -> Checkpoint:
         vocabulary=vocabulary,
         decoder_state=weights.below(_DECODER, state),
         encoder_state=weights.below(_ENCODER, state) if stored else None,
-        training=config.get("training", {}),
+        training=training,
     )
 
 
@@ -123,7 +141,7 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
         CheckpointError: something differs; the message says what.
     """
     if different := weights.differences(module.state_dict(), state):
-        raise CheckpointError(f"{what}: does not fit its config.json: {different}")
+        raise CheckpointError(f"{what}: does not fit its config.json: {different}; fetch the model again")
     module.load_state_dict(dict(state))
 
 
@@ -131,57 +149,91 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
 def replacing(folder: Path) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `folder` when the block ends without an error.
 
+    A second process that saves to the same place waits.
+
     Raises:
         CheckpointError: the new folder cannot be written (a full disk, say); the old one is as it was.
     """
-    recover(folder)
     new, old = folder.with_name(f".{folder.name}.new"), _previous(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
-        yield new
-        for path in new.iterdir():
-            _sync(path)
-        _sync(new)
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-        _sync(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        with _lock(folder):
+            _put_back(folder)
+            shutil.rmtree(new, ignore_errors=True)
+            try:
+                new.mkdir()
+                yield new
+                for path in new.iterdir():
+                    _sync(path)
+                _sync(new)
+                if folder.exists():
+                    folder.rename(old)
+                new.rename(folder)
+                _sync(folder.parent)
+                shutil.rmtree(old, ignore_errors=True)
+            finally:
+                _put_back(folder)
+                shutil.rmtree(new, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        kept = "; the checkpoint that was there before is kept" if recover(folder) else ""
+        kept = "; the checkpoint that was there before is kept" if folder.exists() else ""
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{folder}: cannot be saved ({reason}){kept}; make room and run again") from None
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+
+
+def foreign(folder: Path) -> str | None:
+    """Name something in a place that no saved model has there, and that must not be replaced together with one."""
+    if folder.is_dir():
+        names = (path.name for path in folder.iterdir())
+        return next((name for name in names if name not in (WEIGHTS, CONFIG, TOKENIZER, CARD)), None)
+    return "a file" if folder.exists() else None
 
 
 def recover(folder: Path) -> bool:
-    """Finish what a process that was killed between the two renames of `replacing` had begun.
+    """Put back what a process that was killed between the two renames of `replacing` had moved away.
 
     Returns:
         Whether there is a folder now.
     """
-    old = _previous(folder)
-    if old.exists():
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            old.rename(folder)
+    if not folder.exists() and _previous(folder).exists():
+        with contextlib.suppress(OSError), _lock(folder):  # a process that is alive finishes first
+            _put_back(folder)
     return folder.exists()
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file that is there whole or, if the process is killed, as it was before."""
     new = path.with_name(f".{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    _sync(new)
-    new.replace(path)
+    try:
+        new.write_text(text, encoding="utf-8")
+        _sync(new)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def _previous(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.old")
+
+
+def _lock(folder: Path) -> FileLock:
+    return FileLock(folder.with_name(f".{folder.name}.lock"))
+
+
+def _put_back(folder: Path) -> None:
+    """Undo a replacement that was not finished, or remove what one that was has left."""
+    old = _previous(folder)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.exists():
+        old.rename(folder)
+
+
+def _identity(folder: Path) -> int | None:
+    """Tells one folder from another that took its place."""
+    try:
+        return folder.stat().st_ino
+    except OSError:
+        return None
 
 
 def _sync(path: Path) -> None:
@@ -202,19 +254,25 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path}: damaged, not JSON ({error}); fetch the model again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); fetch the model again") from None
     if not isinstance(config, dict) or config.get("model_type") != "captioner":
-        raise CheckpointError(f"{path}: not a model of captioner")
+        raise CheckpointError(
+            f"{path}: not of a model of captioner; a training run has one from its first validation on, in OUTPUT/best"
+        )
     if config.get("format") != _FORMAT:
         raise CheckpointError(
             f"{path}: is format {config.get('format')!r}, this captioner {__version__} reads {_FORMAT}; "
-            f"it was written by captioner {config.get('captioner_version')}"
+            f"install captioner {config.get('captioner_version')}, which wrote it"
         )
     return config
 
 
 def _check_file(path: Path, expected: str | None) -> None:
     if not path.is_file():
-        raise CheckpointError(f"{path}: missing; a saved model consists of {WEIGHTS}, {CONFIG} and {TOKENIZER}")
+        raise CheckpointError(
+            f"{path}: missing; a saved model consists of {WEIGHTS}, {CONFIG} and {TOKENIZER}: fetch it again"
+        )
     if (found := _sha256(path)) != expected:
         raise CheckpointError(
             f"{path}: altered, or of another model (SHA-256 {found[:12]}, {CONFIG} says {str(expected)[:12]}); "

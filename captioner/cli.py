@@ -36,6 +36,7 @@ class CaptionArguments:
     encoder_weights: Annotated[str | None, tyro.conf.arg(name="encoder.weights")] = None  # where the CNN's weights are
     format: Literal["text", "jsonl"] = "text"  # "text": sentences; "jsonl": a JSON object a photo
     output: Path | None = None  # file to write to, instead of standard output
+    explain: bool = False  # show how the search went: every word that was considered, as a tree
     decoding: Annotated[DecodingOptions, tyro.conf.arg(name="")] = dataclasses.field(default_factory=DecodingOptions)
 
 
@@ -142,6 +143,8 @@ def _caption(arguments: Sequence[str] | None, prog: str) -> int:
     paths = images.find(chosen.photos)
     captioner = Captioner.from_pretrained(chosen.model, encoder_weights=chosen.encoder_weights)
     options = _options(CaptionArguments, chosen, arguments, prog, captioner)
+    if chosen.explain:
+        return _explain(captioner, paths, options)
     bad = 0
     with _writer(chosen.output) as out:
         for photo in caption_photos(captioner, paths, options):
@@ -161,6 +164,21 @@ def _caption(arguments: Sequence[str] | None, prog: str) -> int:
     if bad:
         print(f"{len(paths) - bad} of {len(paths)} photos captioned, {bad} could not be read", file=sys.stderr)
     return 1 if bad else 0
+
+
+def _explain(captioner: Captioner, paths: Sequence[Path], options: DecodingOptions) -> int:
+    from rich.console import Console
+
+    from captioner import images
+    from captioner.explain import explain, render
+
+    for path in paths:
+        pixels = images.load(path, captioner.encoder.config.image_size)[None].to(captioner.device)
+        found = explain(captioner.decoder, captioner.features(pixels), captioner.vocabulary, options)
+        tree = render(found, captioner.vocabulary)
+        tree.label = str(path)
+        Console(highlight=False).print(tree)
+    return 0
 
 
 def _evaluate(arguments: Sequence[str] | None, prog: str) -> int:

@@ -20,7 +20,7 @@ EncoderName = Literal[
     "vgg16", "vgg16_bn", "vgg19", "alexnet", "resnet50", "resnet101", "resnet152", "squeezenet1_1", "googlenet", "tiny"
 ]
 CellName = Literal["lstm", "gru", "rnn", "irnn"]
-FeatureNorm = Literal["sqrt", "none"]
+FeatureNorm = Literal["standard", "sqrt", "none"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
@@ -47,7 +47,7 @@ class DecoderConfig:
     embedding_size: int = 512  # numbers a word is turned into
     layers: int = 1  # recurrent layers
     dropout: float = 0.5  # share of inputs and outputs of the recurrent layers that is zeroed in training
-    feature_norm: FeatureNorm = "sqrt"  # "sqrt": signed square root, then unit length; "none": features as they are
+    feature_norm: FeatureNorm = "standard"  # "sqrt": square root, unit length; "standard": then unit variance a channel
 
     def __post_init__(self) -> None:
         """Check the ranges."""

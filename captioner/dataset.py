@@ -132,9 +132,10 @@ class CaptionDataset:
         # A step's captions, of all processes, are neighbours, so that no process waits for one with longer captions.
         steps = [order[start : start + size] for start in range(0, len(order), size)]
         for index in random.permutation(len(steps)):
-            share = steps[index][rank::processes]
+            step = steps[index]
+            share = np.array_split(step, processes)[rank] if by_photo else step[rank::processes]
             # When captions do not go round, the last processes repeat one: all must take part in every step.
-            yield self.batch(share if len(share) else steps[index][:1])
+            yield self.batch(share if len(share) else step[:1])
 
     def steps(self, batch_size: int, processes: int = 1) -> int:
         """Batches that `epoch` yields to each process."""

@@ -18,6 +18,9 @@ from captioner.config import FEATURE_SIZE, DecoderConfig
 State = tuple[Tensor, ...]
 
 
+_MOMENTUM = 0.02  # of the running statistics of features: they are averages of about 50 batches
+
+
 class Decoder(nn.Module):
     """Writes captions from features."""
 
@@ -36,6 +39,8 @@ class Decoder(nn.Module):
             nonlinearity = "relu" if config.cell == "irnn" else "tanh"
             self.rnn = nn.RNN(E, H, L, batch_first=True, dropout=between, nonlinearity=nonlinearity)
         self.states = 2 if config.cell == "lstm" else 1
+        if config.feature_norm == "standard":
+            self.standard = nn.BatchNorm1d(FEATURE_SIZE, affine=False)
         self.initial = nn.Linear(FEATURE_SIZE, self.states * L * H)
         self.dropout = nn.Dropout(config.dropout)
         self.output = nn.Linear(H, vocabulary_size)
@@ -131,7 +136,13 @@ class Decoder(nn.Module):
         # Times sqrt(4096): about 1 per component, which the initialisation of the layer behind it expects.
         rooted: Tensor = features.sign() * features.abs().sqrt()
         scaled: Tensor = F.normalize(rooted, dim=1) * FEATURE_SIZE**0.5
-        return scaled
+        if self.config.feature_norm == "sqrt":
+            return scaled
+        # Zero mean and unit variance a channel (Ioffe & Szegedy 2015): most of such a vector is what all photos share,
+        # and what tells them apart is small. In training, of the batch, unless that is a single photo.
+        mean, variance = self.standard.running_mean, self.standard.running_var
+        known = not self.training or len(features) == 1
+        return F.batch_norm(scaled, mean, variance, training=not known, momentum=_MOMENTUM)
 
     def _cell(self, layer: int, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """One step of one layer; gates are in torch's order."""

@@ -8,6 +8,7 @@ Reading maps the file into memory: 123,287 photos are 1.01 GB on disk and cost n
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -62,7 +63,7 @@ class FeatureStore:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._check_stamp()
-            self._rows = self._read_rows()
+            self._read_rows()
         except OSError as error:
             raise FeatureStoreError(
                 f"{folder}: cannot be used as a feature store ({error.strerror or error})"
@@ -111,7 +112,7 @@ class FeatureStore:
             return
         try:
             found = dict(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise FeatureStoreError(f"{path}: damaged ({error}); delete the folder, it will be made again") from None
         different = [
             f"{key} is {found.get(key)!r} there and {wanted.get(key)!r} here"
@@ -124,23 +125,27 @@ class FeatureStore:
                 "choose another folder with --features"
             )
 
-    def _read_rows(self) -> dict[ImageId, tuple[int, int]]:
-        """Id -> (row, bytes of the photo), of the rows that are wholly there."""
+    def _read_rows(self) -> None:
+        """Read the index, of the rows that are wholly there."""
         complete = self._data.stat().st_size // _ROW_BYTES if self._data.exists() else 0
-        rows: dict[ImageId, tuple[int, int]] = {}
+        self._rows: dict[ImageId, tuple[int, int]] = {}  # id -> (row, bytes of the photo)
+        self._index_bytes = 0  # of the lines of these rows
         if self._index.exists():
-            with self._index.open(encoding="utf-8") as lines:
+            with self._index.open("rb") as lines:
                 for line in lines:
-                    if len(rows) == complete or not line.endswith("\n"):
+                    if len(self._rows) == complete or not line.endswith(b"\n"):
                         break
                     try:
                         image_id, size = json.loads(line)
-                    except ValueError:
+                        damaged = image_id in self._rows
+                    except (ValueError, TypeError):
+                        damaged = True
+                    if damaged:
                         raise FeatureStoreError(
-                            f"{self._index}:{len(rows) + 1}: damaged; delete {self.folder}, it will be made again"
-                        ) from None
-                    rows[image_id] = (len(rows), size)
-        return rows
+                            f"{self._index}:{len(self._rows) + 1}: damaged; delete {self.folder}, it will be made again"
+                        )
+                    self._rows[image_id] = (len(self._rows), size)
+                    self._index_bytes += len(line)
 
 
 class _Writer:
@@ -158,21 +163,35 @@ class _Writer:
             raise FeatureStoreError(
                 f"{store.folder}: another process is adding features; wait for it, or choose another --features"
             ) from None
-        store._rows = store._read_rows()  # what another process added in the meantime
-        lines = [json.dumps([image_id, size]) + "\n" for image_id, (_, size) in store._rows.items()]
-        # Cut off what a killed process left half-written.
-        self._features = store._data.open("ab")
-        self._features.truncate(len(lines) * _ROW_BYTES)
-        self._index = store._index.open("a", encoding="utf-8")
-        self._index.truncate(sum(len(line.encode()) for line in lines))
+        except OSError as error:
+            raise self._unwritable(error) from None
+        try:
+            store._read_rows()  # what another process added in the meantime
+            for path in (store._data, store._index):
+                path.touch()
+            self._cut()
+        except BaseException as error:
+            self._lock.release()
+            if isinstance(error, OSError):
+                raise self._unwritable(error) from None
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._features.close()
-        self._index.close()
         self._lock.release()
+
+    def _cut(self) -> None:
+        """Cut off what is half-written: by a process that was killed, or by a write that failed."""
+        os.truncate(self._store._data, len(self._store._rows) * _ROW_BYTES)
+        os.truncate(self._store._index, self._store._index_bytes)
+
+    def _unwritable(self, error: OSError) -> FeatureStoreError:
+        return FeatureStoreError(
+            f"{self._store.folder}: cannot be written ({error.strerror or error}); the {len(self._store)} photos "
+            "stored so far are kept: make room and run the same command again"
+        )
 
     def append(self, photos: Sequence[tuple[ImageId, int]], features: npt.NDArray[np.floating]) -> None:
         """Add rows.
@@ -187,19 +206,23 @@ class _Writer:
         assert features.shape == (len(photos), FEATURE_SIZE)
         assert not any(image_id in self._store._rows for image_id, _ in photos)
         limit = np.finfo(np.float16).max
+        numbers = features.clip(-limit, limit).astype(np.float16)
+        lines = "".join(json.dumps([image_id, size]) + "\n" for image_id, size in photos).encode()
+        store = self._store
         try:
-            self._features.write(features.clip(-limit, limit).astype(np.float16).tobytes())
-            self._features.flush()
-            os.fsync(self._features.fileno())
-            self._index.writelines(json.dumps([image_id, size]) + "\n" for image_id, size in photos)
-            self._index.flush()
+            with store._data.open("ab") as file:
+                file.write(numbers.tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+            with store._index.open("ab") as file:
+                file.write(lines)
         except OSError as error:
-            raise FeatureStoreError(
-                f"{self._store.folder}: cannot be written ({error.strerror}); the {len(self._store)} photos "
-                "stored so far are kept: make room and run the same command again"
-            ) from None
+            with contextlib.suppress(OSError):
+                self._cut()
+            raise self._unwritable(error) from None
         for image_id, size in photos:
-            self._store._rows[image_id] = (len(self._store._rows), size)
+            store._rows[image_id] = (len(store._rows), size)
+        store._index_bytes += len(lines)
 
 
 def add_photos(
@@ -225,19 +248,20 @@ def add_photos(
     Raises:
         FeatureStoreError: the disk is full, another process is adding, or a photo is not the one that was stored.
     """
-    sizes = {example.image_id: example.path.stat().st_size for example in examples}
+    sizes = {example.image_id: _size(example.path) for example in examples}
     for example in examples:
-        if example.image_id in store and store.size_of(example.image_id) != sizes[example.image_id]:
+        size = sizes[example.image_id]
+        if example.image_id in store and size is not None and store.size_of(example.image_id) != size:
             raise FeatureStoreError(
                 f"{store.folder}: holds features of another photo with the id {example.image_id!r} "
-                f"({store.size_of(example.image_id):,} bytes; {example.path} has {sizes[example.image_id]:,}); "
+                f"({store.size_of(example.image_id):,} bytes; {example.path} has {size:,}); "
                 "choose another folder with --features"
             )
     if all(example.image_id in store for example in examples):
         return {}
     failures: dict[ImageId, ImageError] = {}
     with store.writer() as writer:
-        wanted = [example for example in examples if example.image_id not in store]
+        wanted = list({example.image_id: example for example in examples if example.image_id not in store}.values())
         done = 0
         progress(done, len(wanted))
         for batch in images.stream([example.path for example in wanted], encoder.config.image_size, batch_size):
@@ -245,10 +269,17 @@ def add_photos(
             if batch.indices:
                 vectors = encoder(batch.pixels.to(encoder.mean.device)).float().cpu().numpy()
                 ids = [wanted[index].image_id for index in batch.indices]
-                writer.append([(image_id, sizes[image_id]) for image_id in ids], vectors)
+                writer.append([(image_id, sizes[image_id] or 0) for image_id in ids], vectors)
             done += len(batch.indices) + len(batch.failures)
             progress(done, len(wanted))
     return failures
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:  # gone meanwhile: decoding will say so, if its features are not stored already
+        return None
 
 
 def default_folder(annotations: Annotations, stamp: Stamp) -> Path:

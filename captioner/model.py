@@ -20,7 +20,7 @@ from captioner.config import DecodingOptions
 from captioner.decoder import Decoder
 from captioner.decoding import decode
 from captioner.encoder import Encoder
-from captioner.errors import CheckpointError
+from captioner.errors import CheckpointError, WeightsError
 from captioner.vocabulary import Vocabulary
 
 #: Images whose captions are searched for together: large enough for efficient matrix products, small in memory.
@@ -68,6 +68,9 @@ class Captioner:
         self.decoder.eval()
         self.options = options or DecodingOptions()
         self.training = dict(training or {})
+        # Weights that were trained here, or are random, can be had nowhere else; others are named, and known again by
+        # their hash.
+        self.stores_encoder = encoder.trainable or encoder.config.weights == "random"
 
     @classmethod
     def from_pretrained(
@@ -91,7 +94,12 @@ class Captioner:
         config = saved.encoder
         if encoder_weights is not None and saved.encoder_state is None:
             config = dataclasses.replace(config, weights=encoder_weights)
-        encoder = Encoder(config, saved.encoder_state)
+        try:
+            encoder = Encoder(config, saved.encoder_state)
+        except WeightsError as error:
+            if saved.encoder_state is None:
+                raise
+            raise CheckpointError(f"{folder / checkpoint.WEIGHTS}: {error}; fetch the model again") from None
         if encoder.weights_sha256 != saved.encoder_sha256:
             raise CheckpointError(
                 f"{folder}: was trained with other {config.name} weights than those of {config.weights!r} "
@@ -101,23 +109,25 @@ class Captioner:
         decoder = Decoder(saved.decoder, len(saved.vocabulary))
         checkpoint.fill(decoder, saved.decoder_state, str(folder / checkpoint.WEIGHTS))
         captioner = cls(encoder, decoder, saved.vocabulary, saved.decoding, saved.training)
+        captioner.stores_encoder = saved.encoder_state is not None  # fine-tuned weights stay with their model
         return captioner.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Save the model as a folder, which is replaced as a whole if it exists.
+        """Save the model as a folder; a model that is there already is replaced as a whole.
 
         Raises:
-            CheckpointError: it cannot be written; what was there before is kept.
+            CheckpointError: it cannot be written, or the folder holds anything but a model; it stays as it was.
         """
-        with checkpoint.replacing(Path(folder)) as new:
+        folder = Path(folder).absolute()
+        if foreign := checkpoint.foreign(folder):
+            raise CheckpointError(f"{folder}: holds what is not of a model ({foreign}); choose another folder")
+        with checkpoint.replacing(folder) as new:
             self.write(new)
 
     def write(self, folder: Path) -> None:
         """Write the model's files into a folder that exists."""
-        # Weights that were trained here, or are random, can be had nowhere else; others are named, and known again by
-        # their hash.
         state = self.encoder.body.state_dict()
-        stored = self.encoder.trainable or self.encoder.config.weights == "random"
+        stored = self.stores_encoder
         saved = checkpoint.Checkpoint(
             encoder=self.encoder.config,
             encoder_sha256=weights.fingerprint(state) if stored else self.encoder.weights_sha256,

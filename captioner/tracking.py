@@ -94,6 +94,11 @@ class Tracker:
             table.add_data(*row[:photo], wandb.Image(str(row[photo])), *row[photo + 1 :])
         self._run.log({"samples": table, "step": step})
 
+    def abandon(self) -> None:
+        """End the run as one that failed; it can be gone on with."""
+        if self._run is not None:
+            self._run.finish(exit_code=1)
+
     def finish(self, summary: Mapping[str, float]) -> None:
         """End the run.
 

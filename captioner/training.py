@@ -7,6 +7,7 @@ started again gives the same numbers as one that was not, without saving any gen
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import math
@@ -20,13 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import broadcast, gather_object, set_seed
 from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name that everyone uses
 
 from captioner import checkpoint, metrics, weights
+from captioner.annotations import Example
 from captioner.config import TrainingConfig
 from captioner.dataset import Batch, CaptionDataset
 from captioner.decoder import Decoder
@@ -95,7 +97,7 @@ def train(config: TrainingConfig) -> History:
         # Other processes wait while the first one computes features.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
     )
-    settings = _claim(config)
+    settings = _claim(config, write=accelerator.is_main_process)
     return Trainer(config, prepare(config, accelerator), accelerator).run(settings)
 
 
@@ -119,6 +121,7 @@ class Trainer:
             CaptionDataset(split.examples, vocabulary, split.source, split.rows, config.max_words)
             for split in (data.train, data.val)
         )
+        self._captions_sha256 = _fingerprint([*data.train.examples, *data.val.examples])
         set_seed(config.seed)
         decoder = Decoder(config.decoder, len(vocabulary))
         groups: list[dict[str, Any]] = [{"params": list(decoder.parameters()), "lr": options.learning_rate}]
@@ -138,12 +141,28 @@ class Trainer:
         Args:
             settings: the configuration in JSON's types.
         """
-        config, history = self.config, self.history
         self._resume()
-        main = self.accelerator.is_main_process
-        wanted = config.tracking == "wandb" and main and not self._finished()
+        config, history = self.config, self.history
+        if self._finished():
+            log.info(
+                "%s: this run is finished (%d epochs, the best is %d); choose another --output for a new one",
+                config.output, history.epoch, history.best_epoch,
+            )  # fmt: skip
+            return history
+        wanted = config.tracking == "wandb" and self.accelerator.is_main_process
         tracker = Tracker.start(config.output, config.project, settings, history.run_id) if wanted else Tracker(None)
-        history.run_id = tracker.run_id or history.run_id
+        try:
+            history.run_id = tracker.run_id or history.run_id
+            self._train(tracker)
+        except BaseException:
+            tracker.abandon()
+            raise
+        tracker.finish({"best_epoch": history.best_epoch, "best_cider": history.best_cider})
+        return history
+
+    def _train(self, tracker: Tracker) -> None:
+        """All epochs that are left."""
+        history, main = self.history, self.accelerator.is_main_process
         log.info(
             "%s captions of %s photos, %s words; %s steps an epoch on %s",
             f"{len(self.train):,}", f"{len(self.data.train.examples):,}", f"{len(self.captioner.vocabulary):,}",
@@ -163,8 +182,6 @@ class Trainer:
                 self._report(tracker, captions)
                 self._save(better, captions)
             self.accelerator.wait_for_everyone()
-        tracker.finish({"best_epoch": history.best_epoch, "best_cider": history.best_cider})
-        return history
 
     def _epoch(self, tracker: Tracker) -> dict[str, float]:
         """One pass over the training captions."""
@@ -203,7 +220,7 @@ class Trainer:
                 words += len(batch.targets)
                 note = ""
                 if history.step % _LOG_EVERY == 0 or history.step == 1:
-                    value = self._finite(float(loss))
+                    value = self._finite(float(loss.detach()))
                     note = f"loss {value:.3f}"
                     tracker.log(
                         history.step,
@@ -223,6 +240,9 @@ class Trainer:
         self.network.eval()
         accelerator, split = self.accelerator, self.data.val
         rank, processes = accelerator.process_index, accelerator.num_processes
+        if processes > 1:  # running statistics of the first process, which are the ones that are saved
+            for buffer in self.network.buffers():
+                buffer.copy_(broadcast(buffer))
         captions = describe(self.captioner, split.source, split.rows[rank::processes])
         if processes > 1:
             numbered = gather_object(list(zip(range(rank, len(split.rows), processes), captions, strict=True)))
@@ -238,7 +258,7 @@ class Trainer:
             logits = accelerator.unwrap_model(self.network)(batch)
             total += float(F.cross_entropy(logits, batch.targets, reduction="sum"))
             words += len(batch.targets)
-        return captions, {"val_loss": total / words, **scores}
+        return captions, {"val_loss": self._finite(total / words), **scores}
 
     def _schedule(self, step: int) -> float:
         """Share of the learning rate: linear warm-up, then half a cosine down to 1 % (Loshchilov & Hutter 2017)."""
@@ -290,6 +310,7 @@ class Trainer:
             "data": self.data.name,
             "train_photos": len(self.data.train.examples),
             "val_photos": len(self.data.val.examples),
+            "captions_sha256": self._captions_sha256,
             "epoch": history.epoch,
             "seed": self.config.seed,
             "seconds": round(history.seconds, 1),
@@ -301,7 +322,12 @@ class Trainer:
                 for example, caption in zip(self.data.val.examples, captions, strict=True)
             ]
             self.captioner.save_pretrained(output / "best")
-            checkpoint.write_text(output / "captions_val.json", json.dumps(results, indent=0) + "\n")
+            try:
+                checkpoint.write_text(output / "captions_val.json", json.dumps(results, indent=0) + "\n")
+            except OSError as error:
+                raise CheckpointError(
+                    f"{output / 'captions_val.json'}: cannot be written ({error.strerror}); make room and run again"
+                ) from None
         with checkpoint.replacing(output / "last") as folder:
             self.captioner.write(folder)
             save_file(self._state(), folder / _STATE)
@@ -327,24 +353,52 @@ class Trainer:
                 f"{last}: its vocabulary ({len(saved.vocabulary):,} words) is not that of the data "
                 f"({len(vocabulary):,} words): the captions have changed; choose another --output"
             )
+        if saved.training.get("captions_sha256") != self._captions_sha256:
+            raise CheckpointError(
+                f"{last}: was trained with other photos or captions than the data now has "
+                f"({saved.training.get('train_photos')} photos of training then, {len(self.data.train.examples)} now); "
+                "choose another --output"
+            )
         checkpoint.fill(self.captioner.decoder, saved.decoder_state, str(last))
         if self.data.encoder.trainable:
             checkpoint.fill(self.data.encoder.body, saved.encoder_state or {}, str(last))
         moments: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in weights.read(last / _STATE).items():
-            index, kind = name.split(".", 1)
-            moments.setdefault(int(index), {})[kind] = tensor
+        try:
+            for name, tensor in weights.read(last / _STATE).items():
+                index, kind = name.split(".", 1)
+                moments.setdefault(int(index), {})[kind] = tensor
+            self.history = History(**json.loads((last / _HISTORY).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, CaptionerError) as error:
+            raise CheckpointError(
+                f"{last}: the state of the training cannot be read ({error}); "
+                f"{self.config.output / 'best'} can still caption: choose another --output to train anew"
+            ) from None
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": moments})
-        self.history = History(**json.loads((last / _HISTORY).read_text(encoding="utf-8")))
+        # Fused Adam pairs weights and moments by their place in memory, where those of a CNN are channels last.
+        for parameter, values in self.optimiser.state.items():
+            values |= {
+                name: torch.empty_like(parameter, requires_grad=False).copy_(tensor)
+                for name, tensor in values.items()
+                if tensor.shape == parameter.shape
+            }
         log.info("%s: going on after epoch %d", last, self.history.epoch)
 
 
-def _claim(config: TrainingConfig) -> dict[str, Any]:
-    """Take the output folder for this run; a run with other settings that is there already is not touched."""
+def _claim(config: TrainingConfig, *, write: bool) -> dict[str, Any]:
+    """Take the output folder for this run; a run with other settings that has a checkpoint there is not touched.
+
+    Args:
+        config: all settings.
+        write: whether this process is the one that notes them down.
+
+    Returns:
+        The settings in JSON's types.
+    """
     settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     path = config.output / "config.json"
     free = {"output", "tracking", "project"}  # may differ between two starts of one run
-    if path.is_file():
+    begun = [checkpoint.recover(config.output / name) for name in ("best", "last")]
+    if path.is_file() and any(begun):
         try:
             before = dict(json.loads(path.read_text(encoding="utf-8")))
         except ValueError as error:
@@ -358,12 +412,22 @@ def _claim(config: TrainingConfig) -> dict[str, Any]:
             raise CheckpointError(
                 f"{config.output}: holds a run with other settings: {'; '.join(different[:3])}; choose another --output"
             )
+    if not write:
+        return settings
     try:
         config.output.mkdir(parents=True, exist_ok=True)
         checkpoint.write_text(path, json.dumps(settings, indent=2) + "\n")
     except OSError as error:
         raise CheckpointError(f"{config.output}: cannot be written ({error.strerror})") from None
     return settings
+
+
+def _fingerprint(examples: Sequence[Example]) -> str:
+    """SHA-256 of the photos' ids, captions and splits: a run goes on only with what it began with."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example.image_id, example.split, *example.captions]).encode())
+    return digest.hexdigest()
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

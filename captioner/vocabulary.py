@@ -36,6 +36,7 @@ class Vocabulary:
             CheckpointError: a special token is missing.
         """
         self.tokenizer = tokenizer
+        tokenizer.encode_special_tokens = True  # an "[end]" that someone wrote into a caption is a word like any other
         self.pad, self.start, self.end, self.unk = (self._special(token) for token in (PAD, START, END, UNK))
 
     @classmethod

@@ -129,7 +129,7 @@ def has(tokens, phrase):
 def plain_beam(model, photo, options):
     """Beam search for one photo, word by word, on lists."""
     beams, pool = [((), 0.0)], []
-    for time in range(options.max_words):
+    for _ in range(options.max_words):
         going, ends = [], []
         for tokens, logprob in beams:
             following = logprobs(model, photo, tokens)
@@ -317,22 +317,22 @@ def test_samples_are_as_frequent_as_the_model_says(seed):
 
 def kept_words(probabilities, *, temperature=1.0, top_k=0, top_p=1.0, typical_p=1.0):
     """What sampling may draw, and how often, from its definition."""
-    kept = {w: p ** (1 / temperature) for w, p in probabilities.items()}
-    for strange, mass, most in (
-        (lambda w: -kept[w], 1.0, top_k),
-        (lambda w: -kept[w], top_p, 0),
-        (lambda w: abs(-math.log(kept[w]) - sum(-p * math.log(p) for p in kept.values())), typical_p, 0),
-    ):
-        total = sum(kept.values())
-        kept = {w: p / total for w, p in kept.items()}
-        order = sorted(kept, key=strange)
-        order = order[:most] if most else order
-        reached = list(itertools.accumulate(kept[w] for w in order))
-        if mass < 1:
-            order = order[: next(i for i, r in enumerate(reached) if r >= mass) + 1]
-        kept = {w: kept[w] for w in order}
-    total = sum(kept.values())
-    return {w: p / total for w, p in kept.items()}
+
+    def rescaled(kept):
+        return {w: p / sum(kept.values()) for w, p in kept.items()}
+
+    def reaching(kept, order, mass):
+        reached = itertools.accumulate(kept[w] for w in order)
+        count = next(i for i, r in enumerate(reached) if r >= mass) + 1 if mass < 1 else len(order)
+        return rescaled({w: kept[w] for w in order[:count]})
+
+    kept = rescaled({w: p ** (1 / temperature) for w, p in probabilities.items()})
+    likeliest = sorted(kept, key=lambda w: -kept[w])
+    kept = rescaled({w: kept[w] for w in likeliest[: top_k or None]})
+    kept = reaching(kept, sorted(kept, key=kept.get, reverse=True), top_p)
+    entropy = sum(-p * math.log(p) for p in kept.values())
+    strangeness = {w: abs(-math.log(p) - entropy) for w, p in kept.items()}
+    return reaching(kept, sorted(kept, key=strangeness.get), typical_p)
 
 
 @pytest.mark.parametrize(
@@ -377,7 +377,7 @@ def test_seed_chooses_the_samples(decoder):
 
 def test_uniform_numbers_are_uniform():
     numbers = _uniform(torch.arange(100_000))
-    assert 0 <= numbers.min()
+    assert numbers.min() >= 0
     assert numbers.max() < 1
     counts = Counter((numbers * 64).int().tolist())
     chi_square_is_plausible(counts, dict.fromkeys(range(64), 100_000 / 64))

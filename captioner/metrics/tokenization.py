@@ -23,7 +23,7 @@ PUNCTUATION = frozenset(
 )
 """What the server removes. Its brackets are lower-case by then and stay: `-lrb-` is a token, and is scored."""
 
-_SPACES = re.compile("[ \u00a0\u2003]*")
+_SPACES = re.compile("[ \\t\u00a0\u2003]+")
 _PLAIN_WORD = re.compile("[A-Za-zÀà]+(?= )")
 _PLAIN_PIECE = re.compile("([A-Za-z]+)([.,!?;:]?)")
 _JOINED_WORDS = frozenset(["cannot", "gonna", "gotta", "lemme", "gimme", "wanna"])
@@ -46,7 +46,7 @@ def _lex(caption: str, following: str) -> list[str]:
     while place < len(caption):
         character = shape[place]
         if character in " \t":
-            place = _SPACES.match(shape, place).end()  # type: ignore[union-attr]  # it matches nothing at worst
+            place = _SPACES.match(shape, place).end()  # type: ignore[union-attr]  # one is there
             continue
         plain = _PLAIN_WORD.match(shape, place)
         if plain is not None:
