@@ -6,6 +6,7 @@ Exit status: 0 all done; 1 done, but some photos could not be read; 2 the reques
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import logging
 import os
@@ -105,7 +106,7 @@ def main() -> int:
 def _guarded(command: Callable[[], int]) -> int:
     """Run a command; errors that are not ours to fix become one line."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("captioner").setLevel(logging.INFO)
+    logging.getLogger("captioner").setLevel(logging.INFO if _first_process() else logging.WARNING)
     try:
         return command()
     except CaptionerError as error:
@@ -115,8 +116,18 @@ def _guarded(command: Callable[[], int]) -> int:
         print("interrupted; what was saved is kept, and the same command goes on from there", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read our output has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
+
+
+def _first_process() -> bool:
+    """Whether this process speaks for all that `torchrun` or `accelerate launch` started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _drop_output() -> None:
+    """Let what is still to be written to standard output vanish, so that nothing fails when the process ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _train(config: TrainingConfig) -> int:
@@ -127,10 +138,11 @@ def _train(config: TrainingConfig) -> int:
         shapes.generate(config.data.data)
     history = run(config)
     best = history.epochs[history.best_epoch - 1]
-    print(
-        f"best epoch {history.best_epoch} of {history.epoch}: validation BLEU-4 {best['bleu_4']:.4f}, "
-        f"CIDEr {best['cider']:.4f}; {history.seconds / 60:.1f} minutes; the model is in {config.output / 'best'}"
-    )
+    if _first_process():
+        print(
+            f"best epoch {history.best_epoch} of {history.epoch}: validation BLEU-4 {best['bleu_4']:.4f}, "
+            f"CIDEr {best['cider']:.4f}; {history.seconds / 60:.1f} minutes; the model is in {config.output / 'best'}"
+        )
     return 0
 
 
@@ -140,6 +152,8 @@ def _caption(arguments: Sequence[str] | None, prog: str) -> int:
     from captioner.bulk import caption_photos
     from captioner.model import Captioner
 
+    if not chosen.photos:
+        raise CaptionerError(f"there is nothing to caption; give photos or folders of photos: {prog} photo.jpg")
     paths = images.find(chosen.photos)
     captioner = Captioner.from_pretrained(chosen.model, encoder_weights=chosen.encoder_weights)
     options = _options(CaptionArguments, chosen, arguments, prog, captioner)
@@ -155,7 +169,7 @@ def _caption(arguments: Sequence[str] | None, prog: str) -> int:
                 row: dict[str, object] = {"image": str(photo.path), "caption": photo.captions[0].text}
                 if options.num_captions > 1:
                     row["captions"] = [{"caption": c.text, "logprob": c.logprob} for c in photo.captions]
-                print(json.dumps(row, ensure_ascii=False), file=out, flush=True)
+                print(_json(row), file=out, flush=True)
             else:
                 name = f"{photo.path}: " if len(paths) > 1 else ""
                 for found in photo.captions:
@@ -183,12 +197,13 @@ def _explain(captioner: Captioner, paths: Sequence[Path], options: DecodingOptio
 
 def _evaluate(arguments: Sequence[str] | None, prog: str) -> int:
     chosen = tyro.cli(EvaluateArguments, args=arguments, prog=prog)
-    from captioner import evaluation, metrics
+    from captioner import evaluation
     from captioner.annotations import load
     from captioner.model import Captioner
     from captioner.preparation import stored_features
     from captioner.reports import show
 
+    idf = None if chosen.idf is None else evaluation.read_idf(chosen.idf)
     files = chosen.results + ((chosen.results_file,) if chosen.results_file else ())
     if (chosen.model is None) == (not files) or len(files) > 2:
         raise CaptionerError("what to score is not clear; give --model DIR with --data, or one or two files of results")
@@ -213,7 +228,7 @@ def _evaluate(arguments: Sequence[str] | None, prog: str) -> int:
             references,
             found,
             training=[caption for example in trained_on for caption in example.captions],
-            idf=None if chosen.idf is None else metrics.Idf.load(chosen.idf),
+            idf=idf,
             statistics=chosen.statistics,
             java=chosen.java,
         )
@@ -228,8 +243,10 @@ def _evaluate(arguments: Sequence[str] | None, prog: str) -> int:
         "evaluations": [found.as_json() for found in evaluations],
         "comparison": {name: dataclasses.asdict(value) for name, value in comparison.items()},
     }
+    with _writer(None):
+        show(evaluations, comparison)
     if chosen.save_idf is not None:
-        metrics.Idf.from_references(references).save(chosen.save_idf)
+        evaluation.save_idf(references, chosen.save_idf)
     for path, text in (
         (chosen.output, json.dumps(result, indent=2) + "\n"),
         (chosen.per_image, "".join(json.dumps(row) + "\n" for found in evaluations for row in found.per_image())),
@@ -238,7 +255,6 @@ def _evaluate(arguments: Sequence[str] | None, prog: str) -> int:
         if path is not None:
             with _writer(path) as out:
                 out.write(text)
-    show(evaluations, comparison)
     return 1 if unreadable else 0
 
 
@@ -254,14 +270,29 @@ def _options(
 def _writer(path: Path | None) -> Iterator[TextIO]:
     """Standard output, or a file that takes its name when it is complete; until then its rows are in FILE.part."""
     if path is None:
-        yield sys.stdout
+        if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be any bytes; shown as they are if possible
+            utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
+            sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
+        try:
+            yield sys.stdout
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            _drop_output()
+            raise CaptionerError(f"standard output cannot be written ({error.strerror})") from None
         return
     part = path.with_name(path.name + ".part")
     try:
-        with part.open("w", encoding="utf-8") as out:
+        with part.open("w", encoding="utf-8", errors="surrogateescape") as out:  # names of files may be any bytes
             yield out
         part.replace(path)
     except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            raise
-        raise CaptionerError(f"{path}: cannot be written ({error.strerror}); what was written is in {part}") from None
+        kept = f"; what was written is in {part}" if part.exists() else ""
+        raise CaptionerError(f"{path}: cannot be written ({error.strerror}){kept}") from None
+
+
+def _json(row: dict[str, object]) -> str:
+    """A row as JSON; a name that is not UTF-8 is escaped, as `os.fsencode` understands it."""
+    text = json.dumps(row, ensure_ascii=False)
+    return text if text.isprintable() else json.dumps(row)

@@ -24,7 +24,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from captioner import weights
 from captioner.config import FEATURE_SIZE, EncoderConfig, EncoderName
-from captioner.errors import WeightsError
+from captioner.errors import CaptionerError, WeightsError
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +35,14 @@ class _Tap:
 
     layer: str  # name of the layer whose output is taken
     grid: tuple[int, int] | None = None  # rows, columns that its map is averaged onto; None: the layer is 4096 wide
+    smallest: int = 32  # height and width of the smallest photo that something is left of, in pixels
 
 
 _TAPS: dict[EncoderName, _Tap] = {
     "vgg16": _Tap("classifier.4"),  # fc7 after ReLU
     "vgg16_bn": _Tap("classifier.4"),
     "vgg19": _Tap("classifier.4"),
-    "alexnet": _Tap("classifier.5"),  # fc7 after ReLU
+    "alexnet": _Tap("classifier.5", smallest=63),  # fc7 after ReLU
     "resnet50": _Tap("layer4", grid=(1, 2)),  # 2048 channels
     "resnet101": _Tap("layer4", grid=(1, 2)),
     "resnet152": _Tap("layer4", grid=(1, 2)),
@@ -73,10 +74,15 @@ class Encoder(nn.Module):
 
         Raises:
             WeightsError: the weights are not there, cannot be read, or belong to another network.
+            CaptionerError: photos of this size are too small for the network.
         """
         super().__init__()
         self.config = config
         tap = _TAPS[config.name]
+        if config.image_size < tap.smallest:
+            raise CaptionerError(
+                f"encoder.image_size is {config.image_size}; {config.name} expects {tap.smallest} or more"
+            )
         network = _network(config.name)
         self.body = create_feature_extractor(network, {tap.layer: "tap"}).eval()
         head = network.state_dict().keys() - self.body.state_dict().keys()
@@ -92,6 +98,7 @@ class Encoder(nn.Module):
         self.trainable = trainable
         self.requires_grad_(trainable)
         self.to(memory_format=torch.channels_last)
+        self.eval()
 
     def train(self, mode: bool = True) -> Encoder:
         """Set the mode; a frozen network stays in evaluation mode."""

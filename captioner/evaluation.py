@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 
 from captioner import __version__, metrics
-from captioner.annotations import Annotations, Example, ImageId
+from captioner.annotations import Annotations, Example
+from captioner.caption_files import ImageId
 from captioner.config import Statistics
 from captioner.dataset import Source
 from captioner.errors import CaptionerError
@@ -182,7 +184,7 @@ def read_results(path: Path, references: Mapping[ImageId, Any]) -> Hypotheses:
         rows = json.loads(content)
     except OSError as error:
         raise CaptionerError(f"{path}: cannot be read ({error.strerror}); expected a file of results") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CaptionerError(f"{path}: not JSON ({error}); expected COCO's result format") from None
     expected = 'expected a list of {"image_id": ..., "caption": "..."}'
     if not isinstance(rows, list) or not rows:
@@ -204,8 +206,34 @@ def read_results(path: Path, references: Mapping[ImageId, Any]) -> Hypotheses:
         ("photos missing", missing),
     )
     if problems := "; ".join(f"{len(ids):,} {kind} ({_some(ids)})" for kind, ids in kinds if ids):
+        if {str(image_id) for image_id in unknown} & {str(image_id) for image_id in missing}:
+            problems += "; an id is a number in one and a text in the other"
         raise CaptionerError(f"{path}: {problems}; expected one caption for each of the {len(references):,} photos")
     return Hypotheses(captions, {"results": str(path), "results_sha256": hashlib.sha256(content).hexdigest()})
+
+
+def read_idf(path: Path) -> metrics.Idf:
+    """Read document frequencies.
+
+    Raises:
+        CaptionerError: the file is not there, or holds something else.
+    """
+    try:
+        return metrics.Idf.load(path)
+    except ValueError as error:
+        raise CaptionerError(f"{error}; expected a file that --save-idf wrote") from None
+
+
+def save_idf(references: Mapping[ImageId, Sequence[str]], path: Path) -> None:
+    """Count in how many photos words occur, and save that.
+
+    Raises:
+        CaptionerError: the file cannot be written.
+    """
+    try:
+        metrics.Idf.from_references(references).save(path)
+    except (OSError, SafetensorError) as error:
+        raise CaptionerError(f"{path}: cannot be written ({error})") from None
 
 
 def circumstances(annotations: Annotations, idf: Path | None, statistics: Statistics) -> dict[str, Any]:

@@ -23,7 +23,8 @@ import numpy.typing as npt
 from filelock import FileLock, Timeout
 
 from captioner import images
-from captioner.annotations import Annotations, Example, ImageId
+from captioner.annotations import Annotations, Example
+from captioner.caption_files import ImageId
 from captioner.config import FEATURE_SIZE
 from captioner.encoder import Encoder
 from captioner.errors import FeatureStoreError, ImageError

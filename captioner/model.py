@@ -147,7 +147,6 @@ class Captioner:
             CheckpointError: the Hub cannot be reached, or refuses.
         """
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError
 
         api = HfApi(token=token)
         try:
@@ -155,8 +154,10 @@ class Captioner:
             with tempfile.TemporaryDirectory() as folder:
                 self.write(Path(folder))
                 api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload captioner model")
-        except (OSError, HfHubHTTPError, ValueError) as error:
-            raise CheckpointError(f"{repo_id}: cannot be uploaded ({_first_line(error)})") from None
+        except Exception as error:  # what there is besides its own errors depends on the Hub's version: httpx, requests
+            raise CheckpointError(
+                f"{repo_id}: cannot be uploaded ({_first_line(error)}); see `hf auth login`, or save it to a folder"
+            ) from None
         return str(url)
 
     def to(self, device: str | torch.device) -> Captioner:
@@ -243,13 +244,13 @@ def _is_hub_name(model: str) -> bool:
 
 def _download(repo_id: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors", "README.md"]))
-    except (OSError, HfHubHTTPError, ValueError) as error:
+    except Exception as error:  # see `push_to_hub`
         raise CheckpointError(
-            f"{repo_id}: no such folder, and not to be had from the Hugging Face Hub ({_first_line(error)})"
+            f"{repo_id}: no such folder, and not to be had from the Hugging Face Hub ({_first_line(error)}); "
+            "give the folder of a model with --model"
         ) from None
 
 

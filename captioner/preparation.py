@@ -13,11 +13,12 @@ import numpy.typing as npt
 from accelerate import Accelerator
 
 from captioner import features, images
-from captioner.annotations import Annotations, Example, ImageId, load
+from captioner.annotations import Annotations, Example, load
+from captioner.caption_files import ImageId
 from captioner.config import TrainingConfig
 from captioner.dataset import Source
 from captioner.encoder import Encoder
-from captioner.errors import ImageError
+from captioner.errors import AnnotationError, ImageError
 from captioner.features import FeatureStore, Stamp
 from captioner.progress import Progress
 
@@ -74,6 +75,11 @@ def prepare(config: TrainingConfig, accelerator: Accelerator) -> Data:
 
     def split(name: Literal["train", "val"]) -> Split:
         kept = [example for example in splits[name] if example.image_id not in failures]
+        if not kept:
+            reason = failures[splits[name][0].image_id]
+            raise AnnotationError(
+                f"{captions.name}: none of the {len(splits[name]):,} photos of {name!r} can be read, e.g. {reason}"
+            )
         return Split(kept, source, np.array([row_of[example.image_id] for example in kept], np.int64))
 
     return Data(captions.name, encoder, split("train"), split("val"))

@@ -46,12 +46,12 @@ class Tracker:
         )
         # A mode that was chosen outside (WANDB_MODE, `wandb offline`) is respected.
         mode: Any = wandb.setup().settings.mode
-        if mode == "online" and not wandb.login(prompt=False):
-            mode = "offline"
         try:
+            if mode == "online" and not wandb.login(prompt=False):
+                mode = "offline"
             run = begin(mode=mode)
-        except wandb.errors.Error as error:
-            log.warning("Weights & Biases cannot be reached (%s)", (str(error).splitlines() or ["no reason given"])[0])
+        except wandb.errors.Error as error:  # no way to the server, or a key that it does not know
+            log.warning("Weights & Biases cannot be used (%s)", (str(error).splitlines() or ["no reason given"])[0])
             mode = "offline"
             run = begin(mode=mode)
         if mode == "offline":

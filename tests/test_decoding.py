@@ -660,6 +660,12 @@ def test_largest_is_topk(rows, size, count, dtype, seed):
     assert not value[:, size:].any()
 
 
+def test_largest_counts_the_last_entry_once():
+    values = torch.zeros(1, 2048)
+    values[0, [0, 2047]] = torch.tensor([2.0, 1.0])
+    assert largest(values, 3)[0].tolist() == [[2.0, 1.0, 0.0]]
+
+
 @pytest.mark.parametrize(
     ("given_options", "match"),
     [

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from captioner.metrics.ngrams import BASE, ORDERS, IntArray, ReferenceIndex
 from captioner.metrics.tokenization import split_words, tokenize_all
 
-_FORMAT = "captioner-idf-1"
+_FORMAT = "captioner-idf-1-images"  # the name of the one entry in the metadata: two would be in random order
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Idf:
         for n in range(ORDERS):
             tensors[f"keys_{n + 1}"] = self.keys[n]
             tensors[f"frequency_{n + 1}"] = self.frequency[n].astype(np.int32)
-        save_file(tensors, os.fspath(path), metadata={"format": _FORMAT, "images": str(self.images)})
+        save_file(tensors, os.fspath(path), metadata={_FORMAT: str(self.images)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Idf:
@@ -117,7 +117,7 @@ class Idf:
         try:
             with safe_open(name, framework="numpy") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
+                if _FORMAT not in metadata:
                     raise ValueError(f"{name} holds no document frequencies; make one with Idf.save")
                 words = bytes(file.get_tensor("words")).decode()
                 keys = tuple(file.get_tensor(f"keys_{n + 1}") for n in range(ORDERS))
@@ -125,6 +125,6 @@ class Idf:
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{name} cannot be read as document frequencies: {error}") from None
         try:
-            return cls(int(metadata["images"]), tuple(words.split("\n")) if words else (), keys, frequency)
+            return cls(int(metadata[_FORMAT]), tuple(words.split("\n")) if words else (), keys, frequency)
         except ValueError as error:
             raise ValueError(f"{name} is damaged: {error}") from None

@@ -28,9 +28,9 @@ _PLAIN_WORD = re.compile("[A-Za-zÀà]+(?= )")
 _PLAIN_PIECE = re.compile("([A-Za-z]+)([.,!?;:]?)")
 _JOINED_WORDS = frozenset(["cannot", "gonna", "gotta", "lemme", "gimme", "wanna"])
 
-# Where a rule may look across a space: tags, numbers in a row, full stops in a row, and letters and abbreviations
-# whose full stop depends on the word behind
-_OPEN = r"(?<![A-Za-z])(?:[A-Za-z]|(?i:ca|figs?|prop|nos?|art|bldg|pp|op|p?pt[ey]))\."
+# Where a rule may look across a space: numbers in a row, full stops in a row, and a full stop behind what can be an
+# acronym or an abbreviation that depends on the word behind, or that can be the end of a split word, as in `R&B.`
+_OPEN = r"(?:(?<![A-Za-z])(?:[A-Za-z]|(?i:ca|figs?|prop|nos?|art|bldg|pp|op|p?pt[ey]))|[^A-Za-z ][A-Za-z]*)\."
 _NUMBERS_ACROSS = re.compile("[0-9][^ ]* +[0-9(+]")
 _STOPS_ACROSS = re.compile(rf"\. +\.|{_OPEN} ")
 _STOP_AT_END = re.compile(rf"{_OPEN}$")
@@ -103,7 +103,7 @@ def tokenize(caption: str, *, following: str = "A ") -> list[str]:
         or "<" in text
         or _NUMBERS_ACROSS.search(text)
         or (". " in text and _STOPS_ACROSS.search(text))
-        or (following != "A " and text.endswith(".") and _STOP_AT_END.search(text, max(0, len(text) - 6)))
+        or (following != "A " and text.endswith(".") and _STOP_AT_END.search(text, text.rfind(" ") + 1))
     ):
         return _lex(caption, following)
     tokens: list[str] = []

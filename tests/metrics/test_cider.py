@@ -93,7 +93,7 @@ def test_files_that_are_no_frequencies(tmp_path):
         metrics.Idf.load(wrong)
     metrics.Idf.from_references(REFERENCES).save(wrong)
     tensors = load_file(wrong) | {"frequency_1": np.full(3, 99, dtype=np.int32)}
-    save_file(tensors, wrong, metadata={"format": "captioner-idf-1", "images": "6"})
+    save_file(tensors, wrong, metadata={"captioner-idf-1-images": "6"})
     with pytest.raises(ValueError, match="is damaged"):
         metrics.Idf.load(wrong)
     with pytest.raises(ValueError, match="only document frequencies of words"):

@@ -1,0 +1,93 @@
+"""The prepared decoder computes what the decoder computes."""
+
+import pytest
+import torch
+from test_decoding import SPECIAL
+
+from captioner import prepared
+from captioner.config import DecoderConfig, DecodingOptions
+from captioner.decoder import Decoder
+from captioner.decoding import decode
+from captioner.prepared import PreparedDecoder, dtype_for, has_fast_bf16
+
+CELLS = ["lstm", "gru", "rnn", "irnn"]
+
+
+def small(cell, layers, feature_norm="sqrt"):
+    torch.manual_seed(3)
+    config = DecoderConfig(cell=cell, layers=layers, hidden_size=24, embedding_size=16, feature_norm=feature_norm)
+    decoder = Decoder(config, 90).eval()
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return decoder
+
+
+def walk(model, features, steps=5):
+    state = model.start(features)
+    tokens = torch.randint(0, 90, (steps, len(features)), generator=torch.Generator().manual_seed(0))
+    for each in tokens:
+        logits, state = model.step(each, state)
+        yield logits
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@torch.inference_mode()
+def test_prepared_equals_the_decoder(cell, layers):
+    decoder = small(cell, layers)
+    features = torch.rand(6, 4096)
+    for exact, rounded, expected in zip(
+        walk(PreparedDecoder(decoder, "fp32"), features),
+        walk(PreparedDecoder(decoder, "bf16"), features),
+        walk(decoder, features),
+        strict=True,
+    ):
+        assert exact.dtype == torch.float32
+        assert rounded.dtype == torch.bfloat16
+        torch.testing.assert_close(exact, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(rounded.float(), expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
+
+
+@torch.inference_mode()
+def test_features_are_normalised_as_in_training():
+    features = torch.rand(3, 4096)
+    for norm in ("none", "sqrt"):
+        decoder = small("lstm", 1, norm)
+        for mine, theirs in zip(PreparedDecoder(decoder, "fp32").start(features), decoder.start(features), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_without_onednn_it_computes_the_same(monkeypatch):
+    decoder, features = small("lstm", 2), torch.rand(4, 4096)
+    expected = list(walk(PreparedDecoder(decoder, "fp32"), features))
+    monkeypatch.setattr(prepared, "_onednn_linear", lambda weight, bias: None)
+    for mine, theirs in zip(walk(PreparedDecoder(decoder, "fp32"), features), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_is_left_out():
+    decoder, features = small("lstm", 1), torch.rand(4, 4096)
+    expected = decode(PreparedDecoder(decoder, "fp32"), features, SPECIAL, DecodingOptions())
+    assert decode(PreparedDecoder(decoder.train(), "fp32"), features, SPECIAL, DecodingOptions()) == expected
+
+
+def test_state_is_not_overwritten():
+    """Many beams may continue one state."""
+    model, features = PreparedDecoder(small("lstm", 2), "bf16"), torch.rand(3, 4096)
+    with torch.inference_mode():
+        state = model.start(features)
+        kept = [part.clone() for part in state]
+        table = model.table.clone()
+        model.step(torch.tensor([7, 8, 9]), state)
+    assert all(torch.equal(a, b) for a, b in zip(state, kept, strict=True))
+    assert torch.equal(model.table, table)
+
+
+def test_precision():
+    device = torch.device("cpu")
+    assert dtype_for("fp32", device) == torch.float32
+    assert dtype_for("bf16", device) == torch.bfloat16
+    assert dtype_for("auto", device) == (torch.bfloat16 if has_fast_bf16(device) else torch.float32)
+    assert not has_fast_bf16(torch.device("meta"))
