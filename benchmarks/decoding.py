@@ -127,7 +127,7 @@ def machine(device: torch.device) -> str:
     except OSError:
         name = platform.processor()
     bf16 = "with" if has_fast_bf16(device) else "without"
-    return f"{name or platform.machine()}, {torch.get_num_threads()} threads, {bf16} fast bf16"
+    return f"{name or platform.machine()}, {torch.get_num_threads()} thread(s), {bf16} fast bf16, {CLOCK[-1].__name__}"
 
 
 @torch.inference_mode()

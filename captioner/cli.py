@@ -55,7 +55,7 @@ class EvaluateArguments:
     encoder_weights: Annotated[str | None, tyro.conf.arg(name="encoder.weights")] = None  # where the CNN's weights are
     data: Path | None = None  # photos and captions: a folder in a known layout, or a caption file
     images: Path | None = None  # folder of the photos, where the layout does not say it
-    split: Literal["train", "val", "test"] = "val"
+    split: Literal["train", "val", "test"] | None = None  # by default "val", or all --references that are not divided
     on_problem: Literal["error", "skip"] = "error"  # missing photos, double ids and so on: stop, or leave them out
     features: Path | None = None  # folder of the feature store
     idf: Path | None = None  # document frequencies for CIDEr, to score few photos meaningfully (see --save-idf)
@@ -183,13 +183,10 @@ def _caption(arguments: Sequence[str] | None, prog: str) -> int:
 def _explain(captioner: Captioner, paths: Sequence[Path], options: DecodingOptions) -> int:
     from rich.console import Console
 
-    from captioner import images
-    from captioner.explain import explain, render
+    from captioner.explain import render
 
     for path in paths:
-        pixels = images.load(path, captioner.encoder.config.image_size)[None].to(captioner.device)
-        found = explain(captioner.decoder, captioner.features(pixels), captioner.vocabulary, options)
-        tree = render(found, captioner.vocabulary)
+        tree = render(captioner.explain(path, options), captioner.vocabulary)
         tree.label = str(path)
         Console(highlight=False).print(tree)
     return 0
@@ -210,8 +207,13 @@ def _evaluate(arguments: Sequence[str] | None, prog: str) -> int:
     if (source := chosen.data if chosen.model else chosen.references) is None:
         option = "--data" if chosen.model else "--references"
         raise CaptionerError(f"the human captions are missing; give them with {option}")
-    captions = load(source, images=chosen.images, on_problem=chosen.on_problem, check_images=chosen.model is not None)
-    examples = captions.split(chosen.split)
+    if chosen.model is not None:
+        captions = load(source, images=chosen.images, on_problem=chosen.on_problem)
+    else:  # where references are not divided into splits, none are kept back for validation
+        captions = load(source, on_problem=chosen.on_problem, val_share=0, check_images=False)
+    undivided = chosen.model is None and chosen.split is None and len({e.split for e in captions.examples}) == 1
+    split = chosen.split or "val"
+    examples = captions.examples if undivided else captions.split(split)
     if chosen.model is not None:
         captioner = Captioner.from_pretrained(chosen.model, encoder_weights=chosen.encoder_weights)
         captioner.options = _options(EvaluateArguments, chosen, arguments, prog, captioner)
@@ -222,7 +224,7 @@ def _evaluate(arguments: Sequence[str] | None, prog: str) -> int:
         unreadable = {}
         candidates = [evaluation.read_results(path, evaluation.references_of(examples)) for path in files]
     references = evaluation.references_of(examples)
-    trained_on = [e for e in captions.examples if e.split == "train" != chosen.split]
+    trained_on = [e for e in captions.examples if e.split == "train" != split and not undivided]
     evaluations = [
         evaluation.evaluate(
             references,
@@ -237,7 +239,7 @@ def _evaluate(arguments: Sequence[str] | None, prog: str) -> int:
     comparison = evaluation.compare(evaluations, chosen.statistics) if len(evaluations) == 2 else {}
     result = {
         **evaluation.circumstances(captions, chosen.idf, chosen.statistics),
-        "split": chosen.split,
+        "split": "all" if undivided else split,
         "photos": len(references),
         "unreadable": [str(error) for error in unreadable.values()],
         "evaluations": [found.as_json() for found in evaluations],

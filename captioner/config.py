@@ -178,7 +178,8 @@ class TrainingConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     optimisation: OptimisationConfig = field(default_factory=OptimisationConfig)
-    decoding: DecodingOptions = field(default_factory=DecodingOptions)  # how validation captions are searched for
+    # how validation captions are searched for; by average log-probability: the sum favours captions that say too little
+    decoding: DecodingOptions = field(default_factory=lambda: DecodingOptions(length_normalisation="average"))
     min_count: int = 5  # words seen fewer times in the training captions become [unk]
     max_words: int = 30  # longer training captions are cut there
     precision: Precision = "auto"  # "auto" is bf16 where the processor or GPU is fast at it, else fp32
@@ -234,7 +235,11 @@ PRESETS: dict[str, tuple[str, TrainingConfig]] = {
     ),
     "flickr8k": (
         "Flickr8k: 8,000 photos, for machines without a GPU",
-        TrainingConfig(data=DataConfig(data=Path("data/flickr8k")), output=Path("runs/flickr8k")),
+        TrainingConfig(
+            data=DataConfig(data=Path("data/flickr8k")),
+            output=Path("runs/flickr8k"),
+            optimisation=OptimisationConfig(epochs=10, learning_rate=1e-3, label_smoothing=0.1),
+        ),
     ),
     "shapes": (
         "coloured shapes that are drawn on the spot: trains from nothing, offline, in minutes",

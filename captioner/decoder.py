@@ -134,7 +134,7 @@ class Decoder(nn.Module):
             return features
         # Signed square root, then unit length (Perronnin et al. 2010): a few active channels do not drown the rest.
         # Times sqrt(4096): about 1 per component, which the initialisation of the layer behind it expects.
-        rooted: Tensor = features.sign() * features.abs().sqrt()
+        rooted: Tensor = features.sign() * features.abs().clamp_min(1e-12).sqrt()  # its slope at 0 is infinite
         scaled: Tensor = F.normalize(rooted, dim=1) * FEATURE_SIZE**0.5
         if self.config.feature_norm == "sqrt":
             return scaled

@@ -1,6 +1,6 @@
 """How captions are searched for, over anything that can `start` and `step`.
 
-One loop writes all captions of many photos at once, word by word (`_search`). What is kept after each word is decided
+One loop writes all captions of many photos at once, word by word (`search`). What is kept after each word is decided
 by a policy: beam search, diverse beam search, sampling (`policies.py`) or beam search with required words
 (`constraints.py`). The loop keeps no captions, only what was chosen at each step and from which beam: the words are
 read off backwards at the end.
@@ -103,11 +103,10 @@ def decode(
     together = _together(features.device, special, options)
     for some in (features[i : i + together] for i in range(0, len(features), together)):
         captions, _ = search(models, some, special, options)
-        missed = [i for i, caption in enumerate(captions) if not caption[0].satisfied]
-        if missed:  # what is required cannot be had: the caption without it is better than none
-            relaxed, _ = search(models, some[missed], special, replace(options, required_words=()))
-            for i, best in zip(missed, relaxed, strict=True):
-                captions[i] = [replace(hypothesis, satisfied=False) for hypothesis in best]
+        missed = [i for i, best in enumerate(captions) if not best[0].satisfied]
+        if missed:
+            for i, best in zip(missed, relaxed(models, some[missed], special, options)[0], strict=True):
+                captions[i] = best
         found += captions
     return found
 
@@ -172,6 +171,14 @@ def search(
         states = [tuple(part.index_select(1, slots[parents]) for part in state) for state in states]
         tokens = choice.word.flatten()[rows]
     return _captions(steps, logprob, policy, options), steps
+
+
+def relaxed(
+    models: Sequence[StepModel], features: Tensor, special: SpecialTokens, options: DecodingOptions, watch: bool = False
+) -> tuple[list[list[Hypothesis]], list[Step]]:
+    """As `search`, where what is required cannot be had: captions without it, and marked so, are better than none."""
+    captions, steps = search(models, features, special, replace(options, required_words=()), watch)
+    return [[replace(hypothesis, satisfied=False) for hypothesis in best] for best in captions], steps
 
 
 def _policy(options: DecodingOptions, special: SpecialTokens, features: Tensor) -> Policy:

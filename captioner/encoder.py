@@ -83,12 +83,14 @@ class Encoder(nn.Module):
             raise CaptionerError(
                 f"encoder.image_size is {config.image_size}; {config.name} expects {tap.smallest} or more"
             )
-        network = _network(config.name)
-        self.body = create_feature_extractor(network, {tap.layer: "tap"}).eval()
-        head = network.state_dict().keys() - self.body.state_dict().keys()
-        self.pool = nn.Identity() if tap.grid is None else nn.AdaptiveAvgPool2d(tap.grid)
         if state is None and config.weights != "random":
             state = _read(config)
+        network = _network(config.name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of GoogLeNet's auxiliary heads, which exist in training only
+            self.body = create_feature_extractor(network, {tap.layer: "tap"}).eval()
+        head = network.state_dict().keys() - self.body.state_dict().keys()
+        self.pool = nn.Identity() if tap.grid is None else nn.AdaptiveAvgPool2d(tap.grid)
         if state is not None:
             _fill(self.body, state, head, f"{config.name} weights ({config.weights})")
         elif not trainable:

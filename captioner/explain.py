@@ -15,7 +15,7 @@ from torch import Tensor
 
 from captioner.config import DecodingOptions
 from captioner.constraints import SpecialTokens
-from captioner.decoding import Hypothesis, Step, StepModel, search
+from captioner.decoding import Hypothesis, Step, StepModel, relaxed, search
 from captioner.vocabulary import END, Vocabulary
 
 Fate = Literal["continued", "pruned", "ended", "cut"]
@@ -28,7 +28,7 @@ class Branch:
     token: int | None  # id of the word or of [end]; None at the root, before the first word
     probability: float  # of this word, after those before it
     logprob: float  # natural log of the probability of all words up to this one
-    fate: Fate  # continued; pruned (others were likelier); ended with [end]; or cut at max_words
+    fate: Fate  # continued; pruned (others were likelier); ended with [end]; or one of the captions, cut at max_words
     winner: bool  # on the way to the best caption
     branches: tuple[Branch, ...] = ()  # what could follow, likeliest first
 
@@ -69,7 +69,7 @@ class _Node:
 @torch.inference_mode()
 def explain(
     model: StepModel | Sequence[StepModel],
-    features: Float[Tensor, "1 4096"],
+    features: Float[Tensor, "photos 4096"],
     special: SpecialTokens,
     options: DecodingOptions,
 ) -> Explanation:
@@ -92,15 +92,16 @@ def explain(
         raise ValueError(f"there are {len(features)} photos; expected one, whose search is explained")
     models = list(model) if isinstance(model, Sequence) else [model]
     captions, steps = search(models, features, special, options, watch=True)
+    if not captions[0][0].satisfied:
+        captions, steps = relaxed(models, features, special, options, watch=True)
     root = _grow(steps, special.end)
-    best = captions[0][0]
-    node = root
-    node.winner = True
-    for token in (*best.tokens, *((special.end,) if best.finished else ())):
-        node = node.following[token]
-        node.winner = True
-    if not best.finished:
-        node.fate = "cut"
+    for number, caption in enumerate(captions[0]):
+        node = root
+        for token in (*caption.tokens, *((special.end,) if caption.finished else ())):
+            node = node.following[token]
+            node.winner |= number == 0
+        if not caption.finished:
+            node.fate = "cut"
     return Explanation(root.frozen(), tuple(captions[0]))
 
 
@@ -108,7 +109,7 @@ def _grow(steps: Sequence[Step], end: int) -> _Node:
     """Replay a search; captions that several beams or groups share become one branch."""
     root = _Node(fate="continued")
     grid = {(number, 0): root for number in range(steps[0].before.shape[0])}
-    for time, step in enumerate(steps):
+    for step in steps:
         following: dict[tuple[int, int], _Node] = {}
         before, ended = step.before.tolist(), step.choice.ended.tolist()
         logprobs, words = (part.tolist() for part in step.considered or ())
@@ -129,9 +130,6 @@ def _grow(steps: Sequence[Step], end: int) -> _Node:
                     child.fate = "continued"
                     following[number, beam] = child
         grid = following
-        if time == len(steps) - 1:
-            for node in grid.values():
-                node.fate = "cut"
     return root
 
 

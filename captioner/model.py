@@ -21,10 +21,9 @@ from captioner.decoder import Decoder
 from captioner.decoding import decode
 from captioner.encoder import Encoder
 from captioner.errors import CheckpointError, WeightsError
+from captioner.explain import Explanation, explain
+from captioner.prepared import PreparedDecoder
 from captioner.vocabulary import Vocabulary
-
-#: Images whose captions are searched for together: large enough for efficient matrix products, small in memory.
-_TOGETHER = 256
 
 Photo = Path | str | Image.Image
 
@@ -43,7 +42,10 @@ class Caption:
 
 
 class Captioner:
-    """Looks at photos and writes sentences about them."""
+    """Looks at photos and writes sentences about them.
+
+    The decoder's weights are arranged for speed when the first caption is written: after changing them, make another.
+    """
 
     def __init__(
         self,
@@ -68,6 +70,7 @@ class Captioner:
         self.decoder.eval()
         self.options = options or DecodingOptions()
         self.training = dict(training or {})
+        self._prepared: dict[str, PreparedDecoder] = {}  # by precision
         # Weights that were trained here, or are random, can be had nowhere else; others are named, and known again by
         # their hash.
         self.stores_encoder = encoder.trainable or encoder.config.weights == "random"
@@ -164,6 +167,7 @@ class Captioner:
         """Move the model to a device."""
         self.encoder.to(device)
         self.decoder.to(device)
+        self._prepared.clear()
         return self
 
     @property
@@ -203,6 +207,8 @@ class Captioner:
         Returns:
             `options.num_captions` captions a photo, best first.
         """
+        options = options or self.options
+        features = features.to(self.device, torch.float32)
         return [
             [
                 Caption(
@@ -213,11 +219,27 @@ class Captioner:
                 )
                 for hypothesis in hypotheses
             ]
-            for some in torch.split(features, _TOGETHER)
-            for hypotheses in decode(
-                self.decoder, some.to(self.device, torch.float32), self.vocabulary, options or self.options
-            )
+            for hypotheses in decode(self._ready(options), features, self.vocabulary, options)
         ]
+
+    def explain(self, photo: Photo, options: DecodingOptions | None = None) -> Explanation:
+        """Caption one photo and keep how the search went.
+
+        Args:
+            photo: a file, or an image in memory.
+            options: how to search; by default as the model was validated.
+
+        Raises:
+            ImageError: the photo cannot be decoded.
+        """
+        options = options or self.options
+        pixels = images.load(photo, self.encoder.config.image_size)
+        return explain(self._ready(options), self.features(pixels[None].to(self.device)), self.vocabulary, options)
+
+    def _ready(self, options: DecodingOptions) -> PreparedDecoder:
+        if options.precision not in self._prepared:
+            self._prepared[options.precision] = PreparedDecoder(self.decoder, options.precision)
+        return self._prepared[options.precision]
 
 
 def find(model: str | Path) -> Path:

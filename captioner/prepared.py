@@ -12,6 +12,7 @@ Three things make it several times faster than `Decoder.step`, and none changes 
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any, Literal
 
 import torch
@@ -52,7 +53,8 @@ class PreparedDecoder:
             decoder: a trained decoder; dropout is left out, whatever mode it is in.
             precision: of the matrix products; "auto" is bf16 where the decoder's device is fast at it.
         """
-        self._decoder = decoder
+        self._decoder = copy(decoder)  # shares everything but the mode, which decides how features are standardised
+        self._decoder.training = False
         self.cell = decoder.config.cell
         self.layers = decoder.config.layers
         self.dtype = dtype_for(precision, decoder.output.weight.device)

@@ -131,7 +131,8 @@ class Trainer:
         self.network, self.optimiser = accelerator.prepare(
             Network(data.encoder, decoder), torch.optim.Adam(groups, fused=True)
         )
-        self.captioner = Captioner(data.encoder, decoder, vocabulary, config.decoding)
+        self.vocabulary = vocabulary
+        self.captioner = self._captioner()
         self.history = History()
         self.steps_an_epoch = self.train.steps(options.batch_size, accelerator.num_processes)
 
@@ -238,6 +239,7 @@ class Trainer:
     def _validate(self) -> tuple[list[Caption], dict[str, float]]:
         """Captions, scores and loss of the validation photos; each process takes a share of the captions."""
         self.network.eval()
+        self.captioner = self._captioner()
         accelerator, split = self.accelerator, self.data.val
         rank, processes = accelerator.process_index, accelerator.num_processes
         if processes > 1:  # running statistics of the first process, which are the ones that are saved
@@ -259,6 +261,11 @@ class Trainer:
             total += float(F.cross_entropy(logits, batch.targets, reduction="sum"))
             words += len(batch.targets)
         return captions, {"val_loss": self._finite(total / words), **scores}
+
+    def _captioner(self) -> Captioner:
+        """The model with the weights of now."""
+        network = self.accelerator.unwrap_model(self.network)
+        return Captioner(self.data.encoder, network.decoder, self.vocabulary, self.config.decoding)
 
     def _schedule(self, step: int) -> float:
         """Share of the learning rate: linear warm-up, then half a cosine down to 1 % (Loshchilov & Hutter 2017)."""
@@ -291,7 +298,7 @@ class Trainer:
         )  # fmt: skip
         tracker.log(
             history.step,
-            {f"val/{name}": value for name, value in scores.items() if name not in _TRAINING},
+            {f"val/{name.removeprefix('val_')}": value for name, value in scores.items() if name not in _TRAINING},
         )
         pairs = list(zip(self.data.val.examples, captions, strict=True))
         tracker.samples(
@@ -347,17 +354,16 @@ class Trainer:
         if not checkpoint.recover(last):
             return
         saved = checkpoint.read(last)
-        vocabulary = self.captioner.vocabulary
-        if saved.vocabulary.sha256 != vocabulary.sha256:
-            raise CheckpointError(
-                f"{last}: its vocabulary ({len(saved.vocabulary):,} words) is not that of the data "
-                f"({len(vocabulary):,} words): the captions have changed; choose another --output"
-            )
         if saved.training.get("captions_sha256") != self._captions_sha256:
             raise CheckpointError(
                 f"{last}: was trained with other photos or captions than the data now has "
                 f"({saved.training.get('train_photos')} photos of training then, {len(self.data.train.examples)} now); "
                 "choose another --output"
+            )
+        if saved.vocabulary.sha256 != self.captioner.vocabulary.sha256:
+            raise CheckpointError(
+                f"{last}: its vocabulary ({len(saved.vocabulary):,} words) is not what this version makes of the data "
+                f"({len(self.captioner.vocabulary):,} words); choose another --output"
             )
         checkpoint.fill(self.captioner.decoder, saved.decoder_state, str(last))
         if self.data.encoder.trainable:

@@ -228,7 +228,7 @@ ways = {
 @pytest.mark.parametrize("way", ways)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_batch_equals_its_singles_bit_for_bit(decoder, way, precision, one_thread):
-    torch.set_num_threads(one_thread if way == "groups" else 1)
+    torch.set_num_threads(one_thread if way == "greedy" else 1)
     options = DecodingOptions(max_words=12, **ways[way])
     model = PreparedDecoder(decoder, precision)
     features = torch.rand(12, 4096, generator=torch.Generator().manual_seed(1))

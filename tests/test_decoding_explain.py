@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from test_decoding import SPECIAL, Table, logprobs, models, photos
+from test_decoding import SPECIAL, Table, logprobs, models, one_thread, photos  # noqa: F401 - a fixture that applies by itself
 
 from captioner.config import DecodingOptions
 from captioner.decoding import decode
@@ -99,6 +99,14 @@ def test_drawing_marks_winner_and_dims_pruned():
 def test_one_photo_at_a_time():
     with pytest.raises(ValueError, match="there are 2 photos; expected one"):
         explain(Table(), torch.zeros(2, 4096), SPECIAL, DecodingOptions())
+
+
+def test_words_that_cannot_be_had_are_explained_away():
+    model, options = Table(), DecodingOptions(required_words=("a",))
+    model.logits[:, SPECIAL.encode(["a"])[0][1]] = -torch.inf
+    explanation = explain(model, photos(1), SPECIAL, options)
+    assert list(explanation.captions) == decode(model, photos(1), SPECIAL, options)[0]
+    assert not explanation.captions[0].satisfied
 
 
 def test_a_model_that_breaks_has_a_bare_tree():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_decoding import SPECIAL
+from test_decoding import SPECIAL, one_thread  # noqa: F401 - a fixture that applies by itself
 
 from captioner import prepared
 from captioner.config import DecoderConfig, DecodingOptions
@@ -52,7 +52,7 @@ def test_prepared_equals_the_decoder(cell, layers):
 @torch.inference_mode()
 def test_features_are_normalised_as_in_training():
     features = torch.rand(3, 4096)
-    for norm in ("none", "sqrt"):
+    for norm in ("none", "sqrt", "standard"):
         decoder = small("lstm", 1, norm)
         for mine, theirs in zip(PreparedDecoder(decoder, "fp32").start(features), decoder.start(features), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
@@ -67,10 +67,11 @@ def test_without_onednn_it_computes_the_same(monkeypatch):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_dropout_is_left_out():
-    decoder, features = small("lstm", 1), torch.rand(4, 4096)
+def test_training_mode_makes_no_difference():
+    decoder, features = small("lstm", 1, "standard"), torch.rand(4, 4096)
     expected = decode(PreparedDecoder(decoder, "fp32"), features, SPECIAL, DecodingOptions())
     assert decode(PreparedDecoder(decoder.train(), "fp32"), features, SPECIAL, DecodingOptions()) == expected
+    assert decoder.training
 
 
 def test_state_is_not_overwritten():

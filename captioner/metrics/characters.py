@@ -12,7 +12,8 @@ from __future__ import annotations
 import unicodedata
 from functools import lru_cache
 
-UPPER, LOWER, MARK, DIGIT, SYMBOL, WIDE, UNKNOWN = "À", "à", "\u0300", "٠", "§", "\u2003", "\u0001"
+UPPER, LOWER, MARK, DIGIT, SYMBOL, WIDE = "À", "à", "\u0300", "٠", "§", "\u2003"
+UNKNOWN, BEYOND = "\u0001", "\u0002"  # no token begins with either; those beyond U+FFFF count as two characters
 """What stands for each class in an outline."""
 
 # Characters that have rules of their own, and stand for themselves: the no-break space, the soft hyphen, Windows-1252
@@ -79,8 +80,10 @@ class _Outline(dict[int, str]):
         self.update((ord(character), character) for character in _THEMSELVES)
 
     def __missing__(self, code: int) -> str:
-        category = unicodedata.category(chr(code)) if code < 0x10000 else "Cn"
-        if category == "Nd":
+        category = unicodedata.category(chr(code))
+        if code > 0xFFFF:
+            stand_in = BEYOND
+        elif category == "Nd":
             stand_in = DIGIT
         elif category[0] == "L" or code in (0x1885, 0x1886):
             stand_in = UPPER if category == "Lu" else LOWER

@@ -74,14 +74,14 @@ class CiderWeights:
     def __init__(self, index: ReferenceIndex) -> None:
         self.index = index
         self._log_documents = float(np.log(max(1.0, index.documents)))
-        self._idf: list[FloatArray] = []  # per order, of each n-gram of the references
+        self._idf: list[FloatArray] = []  # per order, of each n-gram of the index, and at the end of any other
         self._vectors: list[FloatArray] = []  # per order, of each entry of the index
         self._norms: list[FloatArray] = []  # per order, of each reference sentence
         for order in index.orders:
             weight = self._log_documents - np.log(np.maximum(1.0, order.document_frequency))
             ngram = order.place % max(len(order.keys), 1)
             vector = order.count * weight[ngram]
-            self._idf.append(weight)
+            self._idf.append(np.append(weight, self._log_documents))
             self._vectors.append(vector)
             self._norms.append(np.sqrt(sum_by(order.sentence, vector * vector, len(index.lengths))))
 
@@ -95,8 +95,8 @@ class CiderWeights:
         total = np.zeros(len(pair_hypothesis))
         for n, found in enumerate(matches):
             reference = index.orders[n]
-            weight = np.append(self._idf[n], self._log_documents)  # the last is of n-grams that no reference has
-            vector = found.count * weight[np.minimum(found.ngram, len(self._idf[n]))]
+            weight = self._idf[n]
+            vector = found.count * weight[np.minimum(found.ngram, len(weight) - 1)]
             norm = np.sqrt(sum_by(found.hypothesis, vector * vector, len(images)))
             entry, position = spans(found.first, found.last)
             mine, theirs = vector[entry], self._vectors[n][position]

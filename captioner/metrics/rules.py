@@ -29,7 +29,7 @@ _NOT = rf"[nN]{_ANY_APOSTROPHE}[tT]"
 _ACRONYM = r"(?:[A-Za-z](?:\.[A-Za-z])*|(?i:canada|sino|korean|eu|japan|non)-(?i:u\.s)|(?i:u\.s\.-u\.(?:k|s\.s\.r)))"
 _INITIALS = r"[A-Za-z](?:\.[A-Za-z])+"  # an acronym of at least two letters
 _BEHIND_CLAUSE = r"[,;:\u3001]"
-_THING = (
+_COMPOUND = (
     rf"(?:[dDoOlL]{_ANY_APOSTROPHE}{_ALNUM})?{_ALNUM}+"
     rf"(?:{_HYPHEN}(?:[dDoOlL]{_ANY_APOSTROPHE}{_ALNUM})?{_ALNUM}+)*"
 )
@@ -266,7 +266,7 @@ def rules() -> dict[str, list[Rule]]:
         *(rule(word, first="a.") for word in _APOSTROPHE_WORDS),
         rule(rf"[yY]{_APOSTROPHE}", _ALPHA, first="a"),
         # addresses
-        rule(rf"(?i:https?)://[^{_NO_ADDRESS}]+{_ADDRESS_END}", first="a"),
+        rule(rf"(?i:https?)://(?:[^{_NO_ADDRESS}]+{_ADDRESS_END}|\u0002)", first="a"),
         rule(
             rf"(?:(?i:www)\.(?:[^{_NO_ADDRESS}.!?,]+\.)+[a-zA-Z]{{2,4}}|(?:{_HOST}+\.)+(?i:com|net|org|edu))"
             rf"(?:/[^{_NO_PATH}]+{_ADDRESS_END})?",
@@ -340,8 +340,8 @@ def rules() -> dict[str, list[Rule]]:
             _soft,
             first="a1",
         ),
-        rule(rf"{_THING}\.", _BEHIND_CLAUSE, first="a1"),
-        rule(_THING, first="a1"),
+        rule(rf"{_COMPOUND}\.", _BEHIND_CLAUSE, first="a1"),
+        rule(_COMPOUND, first="a1"),
         rule(rf"[A-Z]+(?:(?:{_ENTITY_AND}|[+&])[A-Z]+)+\.", _BEHIND_CLAUSE, _ampersand, first="a"),
         rule(rf"[A-Z]+(?:(?:{_ENTITY_AND}|[+&])[A-Z]+)+", clean=_ampersand, first="a"),
         # quotes

@@ -1,0 +1,29 @@
+"""What all tests share: the shapes of tensors are checked while they run, and the real data has one way in."""
+
+from pathlib import Path
+
+import pytest
+from beartype import beartype
+from jaxtyping import install_import_hook
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def checked(function):
+    """Check the tensors that a function is given and returns; mypy checks the rest, and sees more of it."""
+    function.__annotations__ = {name: hint for name, hint in function.__annotations__.items() if "Tensor" in str(hint)}
+    return beartype(function)
+
+
+# The modules that state shapes, before any of them is imported. jaxtyping imports the checker by its name.
+_STATING = [path.stem for path in (ROOT / "captioner").glob("*.py") if "from jaxtyping" in path.read_text("utf-8")]
+install_import_hook([f"captioner.{name}" for name in _STATING], "conftest.checked")
+
+
+@pytest.fixture
+def shared():
+    """The folder of real photos, captions and weights beside the checkout."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("needs ../shared")
+    return folder
