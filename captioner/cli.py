@@ -68,6 +68,14 @@ class EvaluateArguments:
     decoding: Annotated[DecodingOptions, tyro.conf.arg(name="")] = dataclasses.field(default_factory=DecodingOptions)
 
 
+@dataclass(frozen=True)
+class _Unchecked(DecodingOptions):
+    """Options as they are given: whether they can be meant depends on the others, which the model has."""
+
+    def __post_init__(self) -> None:
+        """Refuse nothing; `_options` does."""
+
+
 def train(arguments: Sequence[str] | None = None, prog: str = "train.py") -> int:
     """Train a model: `train.py PRESET [options]`."""
     return _guarded(lambda: _train(tyro.extras.overridable_config_cli(PRESETS, args=arguments, prog=prog)))
@@ -147,7 +155,8 @@ def _train(config: TrainingConfig) -> int:
 
 
 def _caption(arguments: Sequence[str] | None, prog: str) -> int:
-    chosen = tyro.cli(CaptionArguments, args=arguments, prog=prog)
+    unchecked = CaptionArguments(photos=(), decoding=_Unchecked())
+    chosen = tyro.cli(CaptionArguments, args=arguments, prog=prog, default=unchecked)
     from captioner import images
     from captioner.bulk import caption_photos
     from captioner.model import Captioner
@@ -193,7 +202,7 @@ def _explain(captioner: Captioner, paths: Sequence[Path], options: DecodingOptio
 
 
 def _evaluate(arguments: Sequence[str] | None, prog: str) -> int:
-    chosen = tyro.cli(EvaluateArguments, args=arguments, prog=prog)
+    chosen = tyro.cli(EvaluateArguments, args=arguments, prog=prog, default=EvaluateArguments(decoding=_Unchecked()))
     from captioner import evaluation
     from captioner.annotations import load
     from captioner.model import Captioner

@@ -247,9 +247,9 @@ PRESETS: dict[str, tuple[str, TrainingConfig]] = {
             data=DataConfig(data=Path("data/shapes")),
             output=Path("runs/shapes"),
             encoder=EncoderConfig(name="tiny", weights="random", image_size=64),
-            decoder=DecoderConfig(hidden_size=256, embedding_size=128, dropout=0.1, feature_norm="none"),
+            decoder=DecoderConfig(hidden_size=256, embedding_size=128, dropout=0.0, feature_norm="none"),
             optimisation=OptimisationConfig(
-                epochs=12, batch_size=80, learning_rate=3e-3, encoder_learning_rate=3e-3, warmup_steps=100
+                epochs=10, batch_size=80, learning_rate=3e-3, encoder_learning_rate=3e-3, warmup_steps=100
             ),
             min_count=1,
         ),

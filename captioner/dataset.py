@@ -42,13 +42,13 @@ class Batch:
     lengths: Int[Tensor, " batch"]  # tokens of each caption, [start] and [end] included
 
     @property
-    def inputs(self) -> Int[Tensor, "batch time-1"]:
-        """What the decoder reads: everything but the last token."""
+    def inputs(self) -> Int[Tensor, "batch before"]:
+        """What the decoder reads: everything but the last token, `(batch, time - 1)`."""
         return self.tokens[:, :-1]
 
     @property
-    def keep(self) -> Bool[Tensor, "batch time-1"]:
-        """Positions of `inputs` that a real token follows."""
+    def keep(self) -> Bool[Tensor, "batch before"]:
+        """Positions of `inputs` that a real token follows, `(batch, time - 1)`."""
         positions = torch.arange(self.tokens.shape[1] - 1, device=self.tokens.device)
         return positions < (self.lengths - 1)[:, None]
 

@@ -214,10 +214,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _from_deep_grey(values: np.ndarray) -> Image.Image:
     """16-bit integers (0 to 65,535) and floats (0 to 1, or 0 to 255): Pillow would clip them at 255 instead."""
-    grey = values.astype(np.float32)
+    grey = np.nan_to_num(values.astype(np.float32))
     if np.issubdtype(values.dtype, np.integer):
         grey /= 257.0  # 65,535 -> 255
-    elif grey.size and np.nanmax(grey) <= 1.0:
+    elif grey.max() <= 1.0:
         grey *= 255.0
-    grey = np.nan_to_num(grey).clip(0, 255).round().astype(np.uint8)
+    grey = grey.clip(0, 255).round().astype(np.uint8)
     return Image.fromarray(grey).convert("RGB")

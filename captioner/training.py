@@ -92,11 +92,14 @@ def train(config: TrainingConfig) -> History:
     Raises:
         CaptionerError: the data, the weights or the folder do not allow it; what was saved before is kept.
     """
-    accelerator = Accelerator(
-        mixed_precision=_mixed_precision(config),
-        # Other processes wait while the first one computes features.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=_mixed_precision(config),
+            # Other processes wait while the first one computes features.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
+        )
+    except ValueError as error:  # not of this device, or not the one that this process has trained with before
+        raise CaptionerError(f"--precision {config.precision} cannot be used: {error}") from None
     settings = _claim(config, write=accelerator.is_main_process)
     return Trainer(config, prepare(config, accelerator), accelerator).run(settings)
 

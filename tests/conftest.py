@@ -1,6 +1,10 @@
 """What all tests share: the shapes of tensors are checked while they run, and the real data has one way in."""
 
+import os
 from pathlib import Path
+
+# Before torch is imported. Threads only get in each other's way with models as small as those of tests.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from beartype import beartype

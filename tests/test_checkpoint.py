@@ -389,6 +389,24 @@ def test_two_processes_that_save_at_once(tmp_path: Path) -> None:
     assert not leftovers(folder)
 
 
+def test_a_model_that_is_replaced_while_it_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its config.json is the old one's, its other files are the new one's: it is read again."""
+    new = make_model(seed=1)
+    read_config, calls = checkpoint._read_config, []
+
+    def replace_after(where: Path) -> dict[str, Any]:
+        config = read_config(where)
+        calls.append(where)
+        if len(calls) == 1:
+            new.save_pretrained(folder)
+        return config
+
+    monkeypatch.setattr(checkpoint, "_read_config", replace_after)
+    found = checkpoint.read(folder)
+    assert weights.fingerprint(found.decoder_state) == weights.fingerprint(new.decoder.state_dict())
+    assert len(calls) == 2
+
+
 def test_reading_while_another_saves(folder: Path) -> None:
     """A model is never half the old one and half the new one."""
     models = [make_model(seed=seed) for seed in (0, 1)]

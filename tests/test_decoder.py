@@ -130,13 +130,15 @@ def test_over_fits_eight_captions(cell, norm):
     photos = features(8) if norm != "none" else F.normalize(features(8)) * 8
     tokens = torch.cat([torch.ones(8, 1, dtype=torch.long), captions(8, 7)], dim=1)
     adam = torch.optim.Adam(model.parameters(), lr=5e-3)
-    for _ in range(400 if cell == "irnn" else 250):
+    schedule = torch.optim.lr_scheduler.LinearLR(adam, 1, 0, total_iters=300)
+    for _ in range(300):
         loss = F.cross_entropy(model(photos, tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
         adam.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.step()
-    assert loss < 0.02
+        schedule.step()
+    assert loss < 0.05
     # Greedy search from the photo alone says them all.
     model.train(norm == "standard")  # whose running statistics are those of far more steps than these
     state, words = model.start(photos), [tokens[:, 0]]

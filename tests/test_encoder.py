@@ -1,6 +1,7 @@
 """Every network yields the 4096 numbers that it should, from weights that are its own."""
 
 import http.server
+import math
 import threading
 from types import SimpleNamespace
 from typing import get_args
@@ -36,11 +37,9 @@ def photos(count=2, size=96):
 def grid_average(maps, rows, columns):
     """Averages over a grid of cells, whose borders are rounded outwards, a cell at a time."""
     height, width = maps.shape[2:]
-    cells = [
-        maps[:, :, r * height // rows : -(-(r + 1) * height // rows), c * width // columns : -(-(c + 1) * width // columns)]
-        for r in range(rows)
-        for c in range(columns)
-    ]
+    down = [slice(r * height // rows, math.ceil((r + 1) * height / rows)) for r in range(rows)]
+    across = [slice(c * width // columns, math.ceil((c + 1) * width / columns)) for c in range(columns)]
+    cells = [maps[:, :, r, c] for r in down for c in across]
     return torch.stack([cell.mean((2, 3)) for cell in cells], dim=2).flatten(1)
 
 
@@ -193,7 +192,9 @@ def test_weights_of_half_precision_compute_in_single(tmp_path, torchvision_state
 
 def test_weights_that_a_checkpoint_carries(torchvision_state):
     carried = Encoder(EncoderConfig("squeezenet1_1", "nowhere.pth"), torchvision_state)
-    assert torch.allclose(carried(photos()), by_hand("squeezenet1_1", torchvision_state, photos()), rtol=1e-3, atol=1e-5)
+    assert torch.allclose(
+        carried(photos()), by_hand("squeezenet1_1", torchvision_state, photos()), rtol=1e-3, atol=1e-5
+    )
 
 
 def test_counters_of_training_steps_may_be_missing(tmp_path):
@@ -216,7 +217,9 @@ def test_weights_of_another_network(tmp_path, torchvision_state):
     ):
         encoder("tiny", path)
     save_file(torchvision_state | {"features.0.weight": torch.zeros(64, 3, 5, 5)}, path)
-    with pytest.raises(WeightsError, match=r"network: features\.0\.weight is \(64, 3, 5, 5\) instead of \(64, 3, 3, 3\)$"):
+    with pytest.raises(
+        WeightsError, match=r"network: features\.0\.weight is \(64, 3, 5, 5\) instead of \(64, 3, 3, 3\)$"
+    ):
         encoder(file=path)
     save_file({name: tensor for name, tensor in torchvision_state.items() if name != "features.3.squeeze.bias"}, path)
     with pytest.raises(WeightsError, match=r"another network: features\.3\.squeeze\.bias is missing$"):
@@ -224,7 +227,9 @@ def test_weights_of_another_network(tmp_path, torchvision_state):
 
 
 def test_files_that_hold_no_weights(tmp_path):
-    with pytest.raises(WeightsError, match=r"none\.pth: no such weight file for squeezenet1_1; give a \.safetensors or"):
+    with pytest.raises(
+        WeightsError, match=r"none\.pth: no such weight file for squeezenet1_1; give a \.safetensors or"
+    ):
         encoder(file=tmp_path / "none.pth")
     (tmp_path / "a.safetensors").write_bytes(b"hello")
     with pytest.raises(WeightsError, match=r"a\.safetensors: cannot be read as weights \(.+\); delete it and fetch it"):
@@ -249,7 +254,11 @@ def cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "file"),
     # The first ImageNet weights of torchvision, which the literature used.
-    [("vgg16", "vgg16-397923af.pth"), ("resnet50", "resnet50-0676ba61.pth"), ("squeezenet1_1", "squeezenet1_1-b8a52dc0.pth")],
+    [
+        ("vgg16", "vgg16-397923af.pth"),
+        ("resnet50", "resnet50-0676ba61.pth"),
+        ("squeezenet1_1", "squeezenet1_1-b8a52dc0.pth"),
+    ],
 )
 def test_no_network_and_no_file(cache, name, file):
     with pytest.raises(
@@ -264,7 +273,9 @@ def test_a_file_that_was_put_into_the_cache(cache, torchvision_state):
     cache.mkdir(parents=True)
     torch.save(torchvision_state, cache / "squeezenet1_1-b8a52dc0.pth")
     network = encoder(file="default")
-    assert torch.allclose(network(photos()), by_hand("squeezenet1_1", torchvision_state, photos()), rtol=1e-3, atol=1e-5)
+    assert torch.allclose(
+        network(photos()), by_hand("squeezenet1_1", torchvision_state, photos()), rtol=1e-3, atol=1e-5
+    )
 
 
 def test_a_damaged_file_in_the_cache(cache, torchvision_state):
@@ -272,7 +283,9 @@ def test_a_damaged_file_in_the_cache(cache, torchvision_state):
     path = cache / "squeezenet1_1-b8a52dc0.pth"
     torch.save(torchvision_state, path)
     path.write_bytes(path.read_bytes()[:100_000])
-    with pytest.raises(WeightsError, match=rf"^{path}: cannot be read as weights \(.+\); delete it and fetch it again$"):
+    with pytest.raises(
+        WeightsError, match=rf"^{path}: cannot be read as weights \(.+\); delete it and fetch it again$"
+    ):
         encoder(file="default")
 
 
@@ -282,7 +295,7 @@ class Server(http.server.BaseHTTPRequestHandler):
     content = b""
     asked = 0
 
-    def do_GET(self):  # noqa: N802
+    def do_GET(self):
         type(self).asked += 1
         self.send_response(200)
         self.send_header("Content-Length", str(len(self.content)))
@@ -349,7 +362,16 @@ def test_golden_tensor_of_a_drawn_picture(real):
     largest = features.topk(8)
     assert features.norm().item() == pytest.approx(212.161, rel=1e-4)
     assert dict(zip(largest.indices.tolist(), largest.values.tolist(), strict=True)) == pytest.approx(
-        {2015: 53.0852, 3860: 47.2709, 2011: 40.0191, 167: 36.3394, 2660: 35.1937, 2663: 33.1251, 3383: 31.4199, 80: 30.5248},
+        {
+            2015: 53.0852,
+            3860: 47.2709,
+            2011: 40.0191,
+            167: 36.3394,
+            2660: 35.1937,
+            2663: 33.1251,
+            3383: 31.4199,
+            80: 30.5248,
+        },
         rel=1e-3,
     )
     assert int((features > 0).sum()) == pytest.approx(741, abs=5)

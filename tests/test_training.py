@@ -200,6 +200,7 @@ def test_standard_features_are_resumed_too(data: Path, tmp_path: Path, monkeypat
     assert_same(whole.output, parts.output)
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(data: Path, tmp_path: Path) -> None:
     """With SIGKILL, at whatever moment after the second epoch was saved."""
     epochs = ("--optimisation.epochs", "40")
@@ -490,6 +491,15 @@ def test_precision_is_what_was_asked_for(data: Path, tmp_path: Path) -> None:
     assert training._mixed_precision(config) == "bf16"
     assert training._mixed_precision(replace(config, precision="fp32")) == "no"
     assert training._mixed_precision(replace(config, precision="auto")) in ("no", "bf16")
+
+
+def test_a_precision_that_cannot_be_used(finished: tuple[TrainingConfig, History], tmp_path: Path) -> None:
+    """Accelerate keeps to one precision a process; and knows which there are."""
+    config = replace(finished[0], output=tmp_path / "run")
+    for precision in ("bf16", "int8"):
+        with pytest.raises(CaptionerError, match=f"--precision {precision} cannot be used: "):
+            train(replace(config, precision=precision))  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_learning_rate_rises_and_falls(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

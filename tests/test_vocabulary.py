@@ -44,7 +44,7 @@ def test_start_words_end():
     [
         ("A Dog.", ["a", "dog"]),
         ("  a\tdog\n runs ", ["a", "dog", "runs"]),
-        ("Hello, world! (Really?) -- yes; \"no\"", ["hello", "world", "really", "yes", "no"]),
+        ('Hello, world! (Really?) -- yes; "no"', ["hello", "world", "really", "yes", "no"]),
         ("don't can't won't isn't", ["do", "n't", "ca", "n't", "wo", "n't", "is", "n't"]),
         ("man's I'm he'd they're we've she'll", "man 's i 'm he 'd they 're we 've she 'll".split()),
         ("the dogs' bowl", ["the", "dogs", "bowl"]),
@@ -184,7 +184,9 @@ def test_the_file_is_a_standard_tokenizer(tmp_path):
 
 
 def test_a_missing_file(tmp_path):
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json: no such file; a saved model has its vocabulary there$"):
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer\.json: no such file; a saved model has its vocabulary there$"
+    ):
         Vocabulary.load(tmp_path / "tokenizer.json")
 
 

@@ -58,7 +58,9 @@ def test_code_in_a_file_is_not_run(tmp_path):
     torch.save({"layer": torch.ones(2), "attack": Attack()}, tmp_path / "a.pth")
     (tmp_path / "b.pth").write_bytes(pickle.dumps(Attack(), protocol=2))
     for name in ("a.pth", "b.pth"):
-        with pytest.raises(WeightsError, match=rf"{name}: not a plain file of tensors \(\w+\); save a state dict, best"):
+        with pytest.raises(
+            WeightsError, match=rf"{name}: not a plain file of tensors \(\w+\); save a state dict, best"
+        ):
             weights.read(tmp_path / name)
     assert not (tmp_path / "harm").exists()
 
@@ -104,7 +106,9 @@ def test_differences():
     assert weights.differences(template, template | {"head": torch.ones(1)}, passed_over={"head"}) == ""
     many = {f"x{n}": torch.ones(1) for n in range(5)}
     assert weights.differences(template, template | many).endswith("x2 is unknown and 2 more")
-    assert weights.differences({"count": torch.ones(())}, {"count": torch.ones(2)}, {"count"}).startswith("count is (2,)")
+    assert weights.differences({"count": torch.ones(())}, {"count": torch.ones(2)}, {"count"}).startswith(
+        "count is (2,)"
+    )
 
 
 def test_below():
