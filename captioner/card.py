@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from captioner import __version__
@@ -14,7 +15,8 @@ def model_card(saved: Checkpoint) -> str:
     """The text of a model's README.md, with the front matter that the Hugging Face Hub reads."""
     training = saved.training
     scores = training.get("scores", {})
-    where = "stored with the model" if saved.encoder_state is not None else f"`{saved.encoder.weights}`, by reference"
+    named = f"`{Path(saved.encoder.weights).name}`, by reference"
+    where = named if saved.encoder_state is None else "stored with the model"
     decoder = saved.decoder
     lines = [
         "---",

@@ -73,7 +73,7 @@ def write(folder: Path, checkpoint: Checkpoint, card: str) -> None:
         "decoder": dataclasses.asdict(checkpoint.decoder),
         "decoding": dataclasses.asdict(checkpoint.decoding),
         "vocabulary_size": len(checkpoint.vocabulary),
-        "sha256": {name: _sha256(folder / name) for name in (WEIGHTS, TOKENIZER)},
+        "sha256": {name: file_sha256(folder / name) for name in (WEIGHTS, TOKENIZER)},
         "training": dict(checkpoint.training),
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -211,6 +211,15 @@ def write_text(path: Path, text: str) -> None:
         new.unlink(missing_ok=True)
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()
+
+
 def _previous(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.old")
 
@@ -273,16 +282,8 @@ def _check_file(path: Path, expected: str | None) -> None:
         raise CheckpointError(
             f"{path}: missing; a saved model consists of {WEIGHTS}, {CONFIG} and {TOKENIZER}: fetch it again"
         )
-    if (found := _sha256(path)) != expected:
+    if (found := file_sha256(path)) != expected:
         raise CheckpointError(
             f"{path}: altered, or of another model (SHA-256 {found[:12]}, {CONFIG} says {str(expected)[:12]}); "
             "fetch the model again"
         )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-        return digest.hexdigest()

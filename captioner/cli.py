@@ -121,7 +121,7 @@ def _guarded(command: Callable[[], int]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; what was saved is kept, and the same command goes on from there", file=sys.stderr)
+        print("interrupted; what was saved is kept", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read our output has enough
         _drop_output()

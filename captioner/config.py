@@ -21,7 +21,8 @@ EncoderName = Literal[
 ]
 CellName = Literal["lstm", "gru", "rnn", "irnn"]
 FeatureNorm = Literal["standard", "sqrt", "none"]
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16"]
+Tracking = Literal["wandb", "none"]
 
 
 @dataclass(frozen=True)
@@ -184,13 +185,16 @@ class TrainingConfig:
     max_words: int = 30  # longer training captions are cut there
     precision: Precision = "auto"  # "auto" is bf16 where the processor or GPU is fast at it, else fp32
     seed: int = 0  # decides initial weights, order of captions and dropout
-    tracking: Literal["wandb", "none"] = "wandb"  # Weights & Biases; offline by itself where there is no API key
+    tracking: Tracking = "wandb"  # Weights & Biases; offline by itself where there is no API key
     project: str = "captioner"  # of Weights & Biases
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         for name in ("min_count", "max_words"):
             _at_least(name, getattr(self, name), 1)
+        _at_least("seed", self.seed, 0)
+        _choice("precision", self.precision, Precision)
+        _choice("tracking", self.tracking, Tracking)
 
 
 @dataclass(frozen=True)
@@ -218,7 +222,7 @@ def _at_least(name: str, value: float, low: float) -> None:
 
 
 def _positive(name: str, value: float) -> None:
-    if not value > 0:
+    if not 0 < value < math.inf:
         raise CaptionerError(f"{name} is {value}; expected more than 0")
 
 

@@ -18,7 +18,37 @@ from captioner.config import FEATURE_SIZE, DecoderConfig
 State = tuple[Tensor, ...]
 
 
-_MOMENTUM = 0.02  # of the running statistics of features: they are averages of about 50 batches
+class Standardise(nn.Module):
+    """Zero mean and unit variance a channel: batch normalisation (Ioffe & Szegedy 2015) without scale and shift.
+
+    Most of a feature vector is what all photos share, and what tells them apart is small. In training the statistics
+    are those of the batch, unless that is a single photo; otherwise their running averages.
+    """
+
+    _SHARE = 0.02  # of a new batch in the running averages, which are thus over about 50 batches
+
+    mean: Tensor
+    variance: Tensor
+    batches: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(FEATURE_SIZE))
+        self.register_buffer("variance", torch.ones(FEATURE_SIZE))
+        self.register_buffer("batches", torch.zeros(()))
+
+    def forward(self, features: Float[Tensor, "batch 4096"], *, training: bool) -> Float[Tensor, "batch 4096"]:
+        """Standardise features; in training, with the statistics of the batch, which are then remembered."""
+        if not training or len(features) == 1:
+            return F.batch_norm(features, self.mean, self.variance)
+        with torch.no_grad():
+            variance, mean = torch.var_mean(features.detach().to(self.mean.dtype), dim=0)
+            self.batches += 1
+            # The first batches count alike, so that few of them give an average and not mostly the initial value.
+            share = (1 / self.batches).clamp(min=self._SHARE)
+            self.mean.lerp_(mean, share)
+            self.variance.lerp_(variance, share)
+        return F.batch_norm(features, None, None, training=True)
 
 
 class Decoder(nn.Module):
@@ -40,7 +70,7 @@ class Decoder(nn.Module):
             self.rnn = nn.RNN(E, H, L, batch_first=True, dropout=between, nonlinearity=nonlinearity)
         self.states = 2 if config.cell == "lstm" else 1
         if config.feature_norm == "standard":
-            self.standard = nn.BatchNorm1d(FEATURE_SIZE, affine=False)
+            self.standard = Standardise()
         self.initial = nn.Linear(FEATURE_SIZE, self.states * L * H)
         self.dropout = nn.Dropout(config.dropout)
         self.output = nn.Linear(H, vocabulary_size)
@@ -75,7 +105,7 @@ class Decoder(nn.Module):
         Returns:
             h0 (and c0 for an LSTM), `(layers, batch, hidden)` each.
         """
-        return self.arrange(self.initial(self.normalise(features)))
+        return self.arrange(self.initial(self.normalise(features, training=self.training)))
 
     def arrange(self, initial: Float[Tensor, "batch numbers"]) -> State:
         """Make the hidden state of what `initial` says, `(batch, states * layers * hidden)`."""
@@ -128,7 +158,9 @@ class Decoder(nn.Module):
         logits: Tensor = self.output(hidden if keep is None else hidden[keep])
         return logits
 
-    def normalise(self, features: Float[Tensor, "batch 4096"]) -> Float[Tensor, "batch 4096"]:
+    def normalise(
+        self, features: Float[Tensor, "batch 4096"], *, training: bool = False
+    ) -> Float[Tensor, "batch 4096"]:
         """Bring features to the scale that `initial` expects; see `DecoderConfig.feature_norm`."""
         if self.config.feature_norm == "none":
             return features
@@ -138,11 +170,8 @@ class Decoder(nn.Module):
         scaled: Tensor = F.normalize(rooted, dim=1) * FEATURE_SIZE**0.5
         if self.config.feature_norm == "sqrt":
             return scaled
-        # Zero mean and unit variance a channel (Ioffe & Szegedy 2015): most of such a vector is what all photos share,
-        # and what tells them apart is small. In training, of the batch, unless that is a single photo.
-        mean, variance = self.standard.running_mean, self.standard.running_var
-        known = not self.training or len(features) == 1
-        return F.batch_norm(scaled, mean, variance, training=not known, momentum=_MOMENTUM)
+        standardised: Tensor = self.standard(scaled, training=training)
+        return standardised
 
     def _cell(self, layer: int, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """One step of one layer; gates are in torch's order."""

@@ -85,7 +85,7 @@ class Encoder(nn.Module):
             )
         if state is None and config.weights != "random":
             state = _read(config)
-        network = _network(config.name)
+        network = _network(config.name, initialised=state is None)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of GoogLeNet's auxiliary heads, which exist in training only
             self.body = create_feature_extractor(network, {tap.layer: "tap"}).eval()
@@ -141,14 +141,16 @@ def _tiny() -> nn.Module:
     return nn.Sequential(OrderedDict(features=nn.Sequential(*layers)))
 
 
-def _network(name: EncoderName) -> nn.Module:
+def _network(name: EncoderName, *, initialised: bool) -> nn.Module:
     # Auxiliary heads of GoogLeNet stand in its weight file; its inputs are rescaled as those weights expect.
     options = {"transform_input": True, "init_weights": False} if name == "googlenet" else {}
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)  # "random" means the same weights every time
-        network: nn.Module = _tiny() if name == "tiny" else models.get_model(name, weights=None, **options)
-    return network
+        # Without its initial weights, which take VGG seconds, where others replace them all.
+        with torch.device("cpu" if initialised else "meta"):
+            network: nn.Module = _tiny() if name == "tiny" else models.get_model(name, weights=None, **options)
+    return network if initialised else network.to_empty(device="cpu")
 
 
 def _read(config: EncoderConfig) -> Mapping[str, Tensor]:
@@ -188,4 +190,5 @@ def _fill(body: nn.Module, state: Mapping[str, Tensor], head: Set[str], what: st
     counters = {name for name in template if name.endswith("num_batches_tracked")}
     if different := weights.differences(template, state, passed_over=head | counters):
         raise WeightsError(f"{what} belong to another network: {different}")
-    body.load_state_dict({name: state[name] for name in template if name in state}, strict=False)
+    zeros = {name: torch.zeros_like(template[name]) for name in counters}
+    body.load_state_dict({name: {**zeros, **state}[name] for name in template})

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from captioner import __version__, metrics
 from captioner.annotations import Annotations, Example
 from captioner.caption_files import ImageId
+from captioner.checkpoint import file_sha256
 from captioner.config import Statistics
 from captioner.dataset import Source
 from captioner.errors import CaptionerError
@@ -244,11 +245,6 @@ def circumstances(annotations: Annotations, idf: Path | None, statistics: Statis
         "idf": None if idf is None else {str(idf): file_sha256(idf)},
         "statistics": asdict(statistics),
     }
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _some(ids: Sequence[ImageId]) -> str:

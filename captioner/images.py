@@ -25,7 +25,7 @@ from torch import Tensor
 from captioner.errors import ImageError
 
 #: Names what `load` does to a photo. It is part of every feature stamp: change it when the result changes.
-PREPROCESSING = "whole photo, sRGB, bilinear with antialiasing, v1"
+PREPROCESSING = "whole photo, RGB, bilinear with antialiasing, v1"
 
 #: Endings that are taken for photos when a folder is searched.
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})

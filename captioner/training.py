@@ -6,15 +6,12 @@ started again gives the same numbers as one that was not, without saving any gen
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 import logging
 import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -23,12 +20,10 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast, gather_object, set_seed
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name that everyone uses
 
-from captioner import checkpoint, metrics, weights
-from captioner.annotations import Example
+from captioner import checkpoint, metrics, run_folder
 from captioner.config import TrainingConfig
 from captioner.dataset import Batch, CaptionDataset
 from captioner.decoder import Decoder
@@ -38,28 +33,15 @@ from captioner.evaluation import describe, references_of
 from captioner.model import Caption, Captioner
 from captioner.preparation import Data, prepare
 from captioner.progress import Progress
+from captioner.run_folder import History
 from captioner.tracking import Tracker
 from captioner.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
-_STATE, _HISTORY = "training_state.safetensors", "training.json"
 _TRAINING = ("epoch", "train_loss")  # what an epoch's record holds that is not of validation
 _SAMPLES = 8  # validation photos shown in Weights & Biases
 _LOG_EVERY = 20  # optimiser steps; reading the loss makes the device wait
-
-
-@dataclass
-class History:
-    """How far a run has come; saved with every checkpoint."""
-
-    epoch: int = 0  # epochs that are finished
-    step: int = 0  # optimiser steps taken
-    best_epoch: int = 0
-    best_cider: float = -1.0
-    seconds: float = 0.0  # spent in training and validation
-    run_id: str | None = None  # of Weights & Biases
-    epochs: list[dict[str, float]] = field(default_factory=list)  # losses and scores of each
 
 
 class Network(nn.Module):
@@ -100,7 +82,7 @@ def train(config: TrainingConfig) -> History:
         )
     except ValueError as error:  # not of this device, or not the one that this process has trained with before
         raise CaptionerError(f"--precision {config.precision} cannot be used: {error}") from None
-    settings = _claim(config, write=accelerator.is_main_process)
+    settings = run_folder.claim(config, write=accelerator.is_main_process)
     return Trainer(config, prepare(config, accelerator), accelerator).run(settings)
 
 
@@ -124,7 +106,7 @@ class Trainer:
             CaptionDataset(split.examples, vocabulary, split.source, split.rows, config.max_words)
             for split in (data.train, data.val)
         )
-        self._captions_sha256 = _fingerprint([*data.train.examples, *data.val.examples])
+        self._captions_sha256 = run_folder.fingerprint([*data.train.examples, *data.val.examples])
         set_seed(config.seed)
         decoder = Decoder(config.decoder, len(vocabulary))
         groups: list[dict[str, Any]] = [{"params": list(decoder.parameters()), "lr": options.learning_rate}]
@@ -194,8 +176,7 @@ class Trainer:
         entropy = (self.config.seed, history.epoch, accelerator.process_index)
         set_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
         self.network.train()
-        total = torch.zeros((), device=accelerator.device)
-        words = 0
+        total = torch.zeros(2, device=accelerator.device, dtype=torch.float64)  # sum of losses, number of words
         batches = self.train.epoch(
             history.epoch,
             batch_size=options.batch_size,
@@ -220,8 +201,8 @@ class Trainer:
                 norm = accelerator.clip_grad_norm_(self.network.parameters(), options.gradient_clip)
                 self.optimiser.step()
                 history.step += 1
-                total += loss.detach() * len(batch.targets)
-                words += len(batch.targets)
+                words = len(batch.targets)
+                total += torch.stack((loss.detach() * words, torch.full_like(loss.detach(), words)))
                 note = ""
                 if history.step % _LOG_EVERY == 0 or history.step == 1:
                     value = self._finite(float(loss.detach()))
@@ -236,7 +217,8 @@ class Trainer:
                         },
                     )
                 progress.advance(len(batch.lengths) * accelerator.num_processes, note)
-        return {"epoch": history.epoch + 1, "train_loss": self._finite(float(total) / words)}
+        loss_sum, word_count = accelerator.reduce(total, "sum")
+        return {"epoch": history.epoch + 1, "train_loss": self._finite(float(loss_sum / word_count))}
 
     @torch.inference_mode()
     def _validate(self) -> tuple[list[Caption], dict[str, float]]:
@@ -340,10 +322,9 @@ class Trainer:
                 ) from None
         with checkpoint.replacing(output / "last") as folder:
             self.captioner.write(folder)
-            save_file(self._state(), folder / _STATE)
-            checkpoint.write_text(folder / _HISTORY, json.dumps(dataclasses.asdict(history), indent=2) + "\n")
+            run_folder.save_state(folder, history, self._moments())
 
-    def _state(self) -> dict[str, Tensor]:
+    def _moments(self) -> dict[str, Tensor]:
         """The optimiser's moments: number of the parameter and name -> tensor."""
         return {
             f"{index}.{name}": tensor.detach().cpu().contiguous()
@@ -371,17 +352,11 @@ class Trainer:
         checkpoint.fill(self.captioner.decoder, saved.decoder_state, str(last))
         if self.data.encoder.trainable:
             checkpoint.fill(self.data.encoder.body, saved.encoder_state or {}, str(last))
+        self.history, saved_moments = run_folder.load_state(last)
         moments: dict[int, dict[str, Tensor]] = {}
-        try:
-            for name, tensor in weights.read(last / _STATE).items():
-                index, kind = name.split(".", 1)
-                moments.setdefault(int(index), {})[kind] = tensor
-            self.history = History(**json.loads((last / _HISTORY).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, CaptionerError) as error:
-            raise CheckpointError(
-                f"{last}: the state of the training cannot be read ({error}); "
-                f"{self.config.output / 'best'} can still caption: choose another --output to train anew"
-            ) from None
+        for name, tensor in saved_moments.items():
+            index, kind = name.split(".", 1)
+            moments.setdefault(int(index), {})[kind] = tensor
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": moments})
         # Fused Adam pairs weights and moments by their place in memory, where those of a CNN are channels last.
         for parameter, values in self.optimiser.state.items():
@@ -391,64 +366,6 @@ class Trainer:
                 if tensor.shape == parameter.shape
             }
         log.info("%s: going on after epoch %d", last, self.history.epoch)
-
-
-def _claim(config: TrainingConfig, *, write: bool) -> dict[str, Any]:
-    """Take the output folder for this run; a run with other settings that has a checkpoint there is not touched.
-
-    Args:
-        config: all settings.
-        write: whether this process is the one that notes them down.
-
-    Returns:
-        The settings in JSON's types.
-    """
-    settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    path = config.output / "config.json"
-    free = {"output", "tracking", "project"}  # may differ between two starts of one run
-    begun = [checkpoint.recover(config.output / name) for name in ("best", "last")]
-    if path.is_file() and any(begun):
-        try:
-            before = dict(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise CheckpointError(f"{path}: damaged, not JSON ({error}); choose another --output") from None
-        different = [
-            f"{key} was {old!r}, now {new!r}"
-            for key, (old, new) in _differences(before, settings).items()
-            if key.split(".")[0] not in free
-        ]
-        if different:
-            raise CheckpointError(
-                f"{config.output}: holds a run with other settings: {'; '.join(different[:3])}; choose another --output"
-            )
-    if not write:
-        return settings
-    try:
-        config.output.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(path, json.dumps(settings, indent=2) + "\n")
-    except OSError as error:
-        raise CheckpointError(f"{config.output}: cannot be written ({error.strerror})") from None
-    return settings
-
-
-def _fingerprint(examples: Sequence[Example]) -> str:
-    """SHA-256 of the photos' ids, captions and splits: a run goes on only with what it began with."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(json.dumps([example.image_id, example.split, *example.captions]).encode())
-    return digest.hexdigest()
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings that differ, by their dotted names."""
-    found: dict[str, tuple[Any, Any]] = {}
-    for key in old.keys() | new.keys():
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found |= {f"{key}.{inner}": pair for inner, pair in _differences(before, after).items()}
-        elif before != after:
-            found[key] = (before, after)
-    return found
 
 
 def _mixed_precision(config: TrainingConfig) -> str | None:

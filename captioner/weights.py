@@ -37,9 +37,14 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and values: equal for equal weights, whatever file they came in."""
+    """SHA-256 of names, types, shapes and values: equal for equal weights, whatever file they came in.
+
+    Counters of training steps are passed over: older files lack them, and evaluation never reads them.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
+        if name.endswith("num_batches_tracked"):
+            continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -54,7 +54,7 @@ def alter_config(folder: Path, *where: str, to: Any = None) -> None:
 def alter_tensors(folder: Path, state: dict[str, torch.Tensor]) -> None:
     """Put other tensors in a model, with the right hash."""
     save_file(state, folder / WEIGHTS)
-    alter_config(folder, "sha256", WEIGHTS, to=checkpoint._sha256(folder / WEIGHTS))
+    alter_config(folder, "sha256", WEIGHTS, to=checkpoint.file_sha256(folder / WEIGHTS))
 
 
 def fails(folder: Path, text: str) -> None:
@@ -142,7 +142,7 @@ def test_the_vocabulary_of_another_model_is_found(folder: Path) -> None:
     other = Vocabulary.build(["completely different words"], min_count=1)
     other.save(folder / TOKENIZER)
     fails(folder, f"{TOKENIZER}: altered, or of another model")
-    alter_config(folder, "sha256", TOKENIZER, to=checkpoint._sha256(folder / TOKENIZER))
+    alter_config(folder, "sha256", TOKENIZER, to=checkpoint.file_sha256(folder / TOKENIZER))
     fails(folder, rf"{TOKENIZER}: has {len(other)} words, the model was trained with \d+; fetch")
 
 
@@ -239,12 +239,12 @@ def test_no_pickle_is_ever_loaded(folder: Path) -> None:
     for name in (WEIGHTS, TOKENIZER):
         before = (folder / name).read_bytes()
         (folder / name).write_bytes(pickle.dumps(Trap()))
-        alter_config(folder, "sha256", name, to=checkpoint._sha256(folder / name))
+        alter_config(folder, "sha256", name, to=checkpoint.file_sha256(folder / name))
         with pytest.raises(Exception, match=name) as caught:
             Captioner.from_pretrained(folder)
         assert "cannot be read as weights" in str(caught.value) or "not a tokenizer.json" in str(caught.value)
         (folder / name).write_bytes(before)
-        alter_config(folder, "sha256", name, to=checkpoint._sha256(folder / name))
+        alter_config(folder, "sha256", name, to=checkpoint.file_sha256(folder / name))
     for name in ("pytorch_model.bin", "optimizer.pt", "training_args.bin"):  # what other libraries would look for
         (folder / name).write_bytes(pickle.dumps(Trap()))
     Captioner.from_pretrained(folder)

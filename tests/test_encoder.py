@@ -1,5 +1,6 @@
 """Every network yields the 4096 numbers that it should, from weights that are its own."""
 
+import hashlib
 import http.server
 import math
 import threading
@@ -314,7 +315,7 @@ def served(cache, tmp_path, monkeypatch, torchvision_state):
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     torch.save(torchvision_state, tmp_path / "served.pth")
     Server.content, Server.asked = (tmp_path / "served.pth").read_bytes(), 0
-    digest = weights.hashlib.sha256(Server.content).hexdigest()[:8]
+    digest = hashlib.sha256(Server.content).hexdigest()[:8]
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         entry = SimpleNamespace(url=f"http://127.0.0.1:{server.server_port}/net-{digest}.pth")

@@ -23,6 +23,7 @@ LAYERS = [
     {"explain", "card"},
     {"model"},
     {"preparation", "evaluation", "bulk", "reports"},
+    {"run_folder"},
     {"training"},
     {"cli"},
 ]

@@ -230,7 +230,7 @@ def test_stopped_while_saving(data: Path, tmp_path: Path, monkeypatch: pytest.Mo
         def stop(_: Trainer) -> None:
             raise StoppedError
 
-        patch.setattr(Trainer, "_state", stop)
+        patch.setattr(Trainer, "_moments", stop)
         with pytest.raises(StoppedError):
             train(parts)
     assert (parts.output / "best").exists()
@@ -304,7 +304,7 @@ def test_other_captions_are_refused(tmp_path: Path, change: Callable[[str], str]
     ("name", "content", "said"),
     [
         ("training.json", b"{", "the state of the training cannot be read"),
-        ("training.json", b'{"epok": 3}', "the state of the training cannot be read .*epok"),
+        ("training.json", b'{"epok": 3}', "the state of the training cannot be read .*sha256"),
         ("training_state.safetensors", b"12345678", "the state of the training cannot be read .*training_state"),
         ("training.json", None, "the state of the training cannot be read .*No such file"),
         ("training_state.safetensors", None, "the state of the training cannot be read .*training_state"),
@@ -494,11 +494,10 @@ def test_precision_is_what_was_asked_for(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_precision_that_cannot_be_used(finished: tuple[TrainingConfig, History], tmp_path: Path) -> None:
-    """Accelerate keeps to one precision a process; and knows which there are."""
+    """Accelerate keeps to one precision a process."""
     config = replace(finished[0], output=tmp_path / "run")
-    for precision in ("bf16", "int8"):
-        with pytest.raises(CaptionerError, match=f"--precision {precision} cannot be used: "):
-            train(replace(config, precision=precision))  # type: ignore[arg-type]
+    with pytest.raises(CaptionerError, match="--precision bf16 cannot be used: "):
+        train(replace(config, precision="bf16"))
     assert not (tmp_path / "run").exists()
 
 

@@ -1,0 +1,126 @@
+"""The folder of a training run: its settings, how far it has come, and what is needed to go on.
+
+Nothing is pickled: settings and history are JSON, the optimiser's moments are tensors in a `.safetensors` file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from captioner import checkpoint, weights
+from captioner.annotations import Example
+from captioner.config import TrainingConfig
+from captioner.errors import CaptionerError, CheckpointError
+
+_STATE, _HISTORY = "training_state.safetensors", "training.json"
+
+
+@dataclass
+class History:
+    """How far a run has come; saved with every checkpoint."""
+
+    epoch: int = 0  # epochs that are finished
+    step: int = 0  # optimiser steps taken
+    best_epoch: int = 0
+    best_cider: float = -1.0
+    seconds: float = 0.0  # spent in training and validation
+    run_id: str | None = None  # of Weights & Biases
+    epochs: list[dict[str, float]] = field(default_factory=list)  # losses and scores of each
+
+
+def claim(config: TrainingConfig, *, write: bool) -> dict[str, Any]:
+    """Take the output folder for this run; a run with other settings that has a checkpoint there is not touched.
+
+    Args:
+        config: all settings.
+        write: whether this process is the one that notes them down.
+
+    Returns:
+        The settings in JSON's types.
+    """
+    settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    path = config.output / "config.json"
+    free = {"output", "tracking", "project"}  # may differ between two starts of one run
+    begun = [checkpoint.recover(config.output / name) for name in ("best", "last")]
+    if path.is_file() and any(begun):
+        try:
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: damaged, not JSON ({error}); choose another --output") from None
+        different = [
+            f"{key} was {old!r}, now {new!r}"
+            for key, (old, new) in _differences(before, settings).items()
+            if key.split(".")[0] not in free
+        ]
+        if different:
+            raise CheckpointError(
+                f"{config.output}: holds a run with other settings: {'; '.join(different[:3])}; choose another --output"
+            )
+    if not write:
+        return settings
+    try:
+        config.output.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text(path, json.dumps(settings, indent=2) + "\n")
+    except OSError as error:
+        raise CheckpointError(f"{config.output}: cannot be written ({error.strerror})") from None
+    return settings
+
+
+def save_state(folder: Path, history: History, moments: Mapping[str, Tensor]) -> None:
+    """Write what is needed to go on beside a checkpoint.
+
+    Args:
+        folder: of the checkpoint; best the one that `checkpoint.replacing` yields.
+        history: how far the run has come.
+        moments: of the optimiser, by name.
+    """
+    save_file(dict(moments), folder / _STATE)
+    saved = {**dataclasses.asdict(history), "sha256": checkpoint.file_sha256(folder / _STATE)}
+    checkpoint.write_text(folder / _HISTORY, json.dumps(saved, indent=2) + "\n")
+
+
+def load_state(folder: Path) -> tuple[History, dict[str, Tensor]]:
+    """Read what `save_state` wrote.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or altered.
+    """
+    try:
+        saved = json.loads((folder / _HISTORY).read_text(encoding="utf-8"))
+        if saved.pop("sha256") != checkpoint.file_sha256(folder / _STATE):
+            raise CheckpointError(f"{_STATE} is altered")
+        return History(**saved), weights.read(folder / _STATE)
+    except (OSError, KeyError, AttributeError, ValueError, TypeError, CaptionerError) as error:
+        raise CheckpointError(
+            f"{folder}: the state of the training cannot be read ({error}); "
+            f"{folder.with_name('best')} can still caption: choose another --output to train anew"
+        ) from None
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """SHA-256 of the photos' ids, captions and splits: a run goes on only with what it began with."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example.image_id, example.split, *example.captions]).encode())
+    return digest.hexdigest()
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ, by their dotted names."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in old.keys() | new.keys():
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found |= {f"{key}.{inner}": pair for inner, pair in _differences(before, after).items()}
+        elif before != after:
+            found[key] = (before, after)
+    return found
