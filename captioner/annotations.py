@@ -67,7 +67,6 @@ def load(
     restval: Literal["train", "exclude"] = "train",
     on_problem: Literal["error", "skip"] = "error",
     val_share: float = 0.05,
-    seed: int = 0,
     check_images: bool = True,
 ) -> Annotations:
     """Read and check the captions of a data set.
@@ -79,7 +78,7 @@ def load(
         restval: What becomes of the photos that a Karpathy split marks so: of training, as is usual, or left out.
         on_problem: Whether a problem is an error, or what it concerns is left out (see `Problems.report`).
         val_share: The share of photos that goes to validation where the files name no splits, 0 to 1; at least one.
-        seed: Chooses those photos: by a hash of each name, so that adding photos moves none of the others.
+            A photo's name alone chooses it, so that adding photos moves none of the others.
         check_images: Whether to look that each photo is there (its contents are not read).
 
     Raises:
@@ -98,7 +97,7 @@ def load(
         name, photos_read = read(path, images, restval, found, alone=len(source) == 1)
         names.append(name)
         photos += photos_read
-    _share_out(photos, val_share, seed)
+    _share_out(photos, val_share)
     missing = _locate(photos, found)
     kept = [p for p in _without_repeats(photos, found) if not (check_images and id(p) in missing)]
     examples = []
@@ -128,11 +127,11 @@ def load(
 # Checking ----------------------------------------------------------------------------------------------------------
 
 
-def _share_out(photos: list[Photo], val_share: float, seed: int) -> None:
+def _share_out(photos: list[Photo], val_share: float) -> None:
     """Choose the split of the photos whose files do not say it."""
 
     def rank(photo: Photo) -> float:
-        digest = hashlib.blake2b(f"{seed} {photo.file}".encode(errors="surrogatepass"), digest_size=8).digest()
+        digest = hashlib.blake2b(photo.file.encode(errors="surrogatepass"), digest_size=8).digest()
         return int.from_bytes(digest, "big") / 2**64
 
     ranked = sorted((photo for photo in photos if photo.split is None), key=rank)
@@ -150,7 +149,7 @@ def _locate(photos: list[Photo], found: Found) -> set[int]:
         if (folder, below) not in listings:
             listings[folder, below] = set()
             with contextlib.suppress(OSError, ValueError), os.scandir(Path(folder, below)) as entries:
-                listings[folder, below] = {entry.name for entry in entries if entry.is_file()}
+                listings[folder, below] = {entry.name for entry in entries if _is_file(entry)}
         return listings[folder, below]
 
     missing: set[int] = set()
@@ -168,6 +167,13 @@ def _locate(photos: list[Photo], found: Found) -> set[int]:
         tried = [path for path in (Path(*each) for each in looked) if len(missing) == len(photos) or path.is_dir()]
         found.detail["missing photos"] = f"; looked in {named(tried[:8])}"
     return missing
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def _without_repeats(photos: list[Photo], found: Found) -> list[Photo]:

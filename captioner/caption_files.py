@@ -25,6 +25,7 @@ PROBLEMS = {
     "missing photos": "left out",
     "photos in two splits": "left out of training, kept for evaluation",
     "photos listed twice": "the first is kept",
+    "caption ids given twice": "the first is kept",
     "captions for an unknown image": "left out",
     "empty captions": "left out",
     "captions with half a character": "left out",  # a lone surrogate, as where a JSON text was cut inside an emoji
@@ -143,7 +144,9 @@ def locate_files(data: Path, images: Path | None) -> tuple[Path, ...]:
     if data.is_file():
         return (data,)
     if not data.is_dir():
-        raise AnnotationError(f"{data}: is not there; give a caption file or the folder of a data set")
+        prepare = f"make it with `python data/prepare.py {data.name}` (see data/README.md), or "
+        remedy = prepare if data.name in ("coco", "flickr8k") else ""
+        raise AnnotationError(f"{data}: is not there; {remedy}give a caption file or the folder of a data set")
     places = [place for place in (data, *(data / name for name in _CAPTION_FOLDERS)) if place.is_dir()]
     there = sorted(path for place in places for path in place.iterdir() if path.is_file())
     rows = [path for path in there if path.suffix.lower() in (".jsonl", ".csv", ".tsv") and path.parent == data]
@@ -237,8 +240,12 @@ def _read_coco(
         _field(entry, "image_id", (int, str), path, "annotations", index)
         _field(entry, "id", (int, str), path, "annotations", index)
         _field(entry, "caption", (str, type(None)), path, "annotations", index)
+    first: dict[int | str, dict[str, Any]] = {}
+    for annotation in document["annotations"]:
+        if first.setdefault(annotation["id"], annotation) is not annotation:
+            found.add("caption ids given twice", f"caption {annotation['id']} of image {annotation['image_id']}")
     coco = COCO()
-    coco.dataset = {key: document[key] for key in ("images", "annotations")}
+    coco.dataset = {"images": document["images"], "annotations": list(first.values())}
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
         coco.createIndex()
     for image_id in coco.imgToAnns.keys() - coco.imgs.keys():
@@ -393,7 +400,9 @@ def _text(path: Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise AnnotationError(f"{path}: cannot be read ({error.strerror})") from None
+        raise AnnotationError(
+            f"{path}: cannot be read ({error.strerror}); see to its permissions, or give another file"
+        ) from None
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

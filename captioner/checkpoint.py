@@ -10,21 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
+import errno
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from captioner import __version__, weights
+from captioner import __version__, files, weights
 from captioner.config import DecoderConfig, DecodingOptions, EncoderConfig
 from captioner.errors import CaptionerError, CheckpointError
 from captioner.vocabulary import Vocabulary
@@ -32,6 +32,9 @@ from captioner.vocabulary import Vocabulary
 WEIGHTS, CONFIG, TOKENIZER, CARD = "model.safetensors", "config.json", "tokenizer.json", "README.md"
 _FORMAT = 1
 _ENCODER, _DECODER = "encoder.", "decoder."
+_FULL = (errno.ENOSPC, errno.EDQUOT)  # no space on the disk, or none left to this user
+_TYPES = {str: "a text", bool: "true or false", int: "a whole number", float: "a number", tuple: "a list of texts"}
+_Settings = TypeVar("_Settings", EncoderConfig, DecoderConfig, DecodingOptions)
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Checkpoint:
     """What a saved model consists of."""
 
     encoder: EncoderConfig
-    encoder_sha256: str  # of the encoder's weights, see `encoder.fingerprint`
+    encoder_sha256: str  # of the encoder's weights, see `weights.fingerprint`
     decoder: DecoderConfig
     decoding: DecodingOptions  # what captions are searched with, where nothing else is said
     vocabulary: Vocabulary
@@ -73,7 +76,7 @@ def write(folder: Path, checkpoint: Checkpoint, card: str) -> None:
         "decoder": dataclasses.asdict(checkpoint.decoder),
         "decoding": dataclasses.asdict(checkpoint.decoding),
         "vocabulary_size": len(checkpoint.vocabulary),
-        "sha256": {name: file_sha256(folder / name) for name in (WEIGHTS, TOKENIZER)},
+        "sha256": {name: files.sha256(folder / name) for name in (WEIGHTS, TOKENIZER)},
         "training": dict(checkpoint.training),
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -98,18 +101,19 @@ def read(folder: Path) -> Checkpoint:
 def _read(folder: Path) -> Checkpoint:
     config = _read_config(folder)
     try:
+        for key in ("encoder", "decoder", "decoding", "sha256", "training"):
+            if not isinstance(config[key], dict):
+                raise CheckpointError(f"{key} is {config[key]!r:.60}; expected an object")
         encoder = dict(config["encoder"])
-        encoder_sha256, stored = str(encoder.pop("weights_sha256")), bool(encoder.pop("stored"))
-        encoder_config = EncoderConfig(**encoder)
-        decoder_config = DecoderConfig(**config["decoder"])
-        options: dict[str, Any] = dict(config["decoding"])
-        # JSON has lists where the options have tuples.
-        options |= {key: tuple(value) for key, value in options.items() if isinstance(value, list)}
-        decoding = DecodingOptions(**options)
-        hashes = dict(config["sha256"])
-        size = int(config["vocabulary_size"])
-        training = dict(config["training"])
-    except (KeyError, TypeError, ValueError, CaptionerError) as error:
+        encoder_sha256 = _value("encoder.weights_sha256", encoder.pop("weights_sha256"), str)
+        stored = _value("encoder.stored", encoder.pop("stored"), bool)
+        encoder_config = _settings(EncoderConfig, "encoder", encoder)
+        decoder_config = _settings(DecoderConfig, "decoder", config["decoder"])
+        decoding = _settings(DecodingOptions, "decoding", config["decoding"])
+        hashes = config["sha256"]
+        size = _value("vocabulary_size", config["vocabulary_size"], int)
+        training = config["training"]
+    except (KeyError, TypeError, RecursionError, CaptionerError) as error:
         what = f"has no {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(
             f"{folder / CONFIG}: not what captioner {__version__} writes ({what}); fetch the model again"
@@ -134,6 +138,21 @@ def _read(folder: Path) -> Checkpoint:
     )
 
 
+def _settings(kind: type[_Settings], where: str, given: dict[str, Any]) -> _Settings:
+    """Build a configuration from JSON, whose values are of the types of the defaults."""
+    types = {field.name: type(field.default) for field in dataclasses.fields(kind)}
+    return kind(**{name: _value(f"{where}.{name}", v, types.get(name)) for name, v in given.items()})
+
+
+def _value(name: str, value: Any, kind: type | None) -> Any:
+    """Return a value of JSON, which must be of a type of Python (None: of any)."""
+    if kind is tuple and isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return tuple(value)  # JSON has lists where the options have tuples
+    if kind is None or type(value) is kind or (kind is float and type(value) is int):
+        return value
+    raise CheckpointError(f"{name} is {value!r:.60}; expected {_TYPES[kind]}")
+
+
 def fill(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
     """Load tensors into a module after comparing names and shapes.
 
@@ -149,11 +168,12 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
 def replacing(folder: Path) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `folder` when the block ends without an error.
 
-    A second process that saves to the same place waits.
+    A second process that saves to the same place waits. Where `folder` is a link, what it leads to is replaced.
 
     Raises:
         CheckpointError: the new folder cannot be written (a full disk, say); the old one is as it was.
     """
+    folder = _resolved(folder)
     new, old = folder.with_name(f".{folder.name}.new"), _previous(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -177,7 +197,10 @@ def replacing(folder: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         kept = "; the checkpoint that was there before is kept" if folder.exists() else ""
         reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{folder}: cannot be saved ({reason}){kept}; make room and run again") from None
+        # The library that writes tensors has the number in its message alone.
+        full = any(getattr(error, "errno", None) == n or f"os error {n})" in str(error) for n in _FULL)
+        remedy = "make room" if full else "choose a folder that can be written"
+        raise CheckpointError(f"{folder}: cannot be saved ({reason}){kept}; {remedy} and run again") from None
 
 
 def foreign(folder: Path) -> str | None:
@@ -194,30 +217,16 @@ def recover(folder: Path) -> bool:
     Returns:
         Whether there is a folder now.
     """
+    folder = _resolved(folder)
     if not folder.exists() and _previous(folder).exists():
         with contextlib.suppress(OSError), _lock(folder):  # a process that is alive finishes first
             _put_back(folder)
     return folder.exists()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is there whole or, if the process is killed, as it was before."""
-    new = path.with_name(f".{path.name}.new")
-    try:
-        new.write_text(text, encoding="utf-8")
-        _sync(new)
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-        return digest.hexdigest()
+def _resolved(folder: Path) -> Path:
+    """The folder itself, where a link was given; a link that leads to itself stays as it is."""
+    return Path(os.path.realpath(folder))
 
 
 def _previous(folder: Path) -> Path:
@@ -261,7 +270,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: not a saved model, it has no {CONFIG}; train.py writes one to OUTPUT/best")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged, not JSON ({error}); fetch the model again") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); fetch the model again") from None
@@ -282,7 +291,7 @@ def _check_file(path: Path, expected: str | None) -> None:
         raise CheckpointError(
             f"{path}: missing; a saved model consists of {WEIGHTS}, {CONFIG} and {TOKENIZER}: fetch it again"
         )
-    if (found := file_sha256(path)) != expected:
+    if (found := files.sha256(path)) != expected:
         raise CheckpointError(
             f"{path}: altered, or of another model (SHA-256 {found[:12]}, {CONFIG} says {str(expected)[:12]}); "
             "fetch the model again"

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +19,16 @@ from typing import TYPE_CHECKING, Annotated, Literal, TextIO, TypeVar
 
 import tyro
 
+from captioner import files
 from captioner.config import PRESETS, DecodingOptions, Statistics, TrainingConfig
-from captioner.errors import CaptionerError
+from captioner.errors import CaptionerError, ImageError
+from captioner.metrics.bridge import why_not
 
 if TYPE_CHECKING:
+    from captioner.annotations import Annotations
+    from captioner.caption_files import ImageId
     from captioner.model import Captioner
+    from captioner.scoring import Hypotheses
 
 _A = TypeVar("_A", "CaptionArguments", "EvaluateArguments")
 
@@ -33,7 +38,7 @@ class CaptionArguments:
     """Write a sentence about each photo."""
 
     photos: Annotated[tuple[Path, ...], tyro.conf.Positional]  # photos, or folders of photos
-    model: str = "runs/coco"  # folder of a saved model or of a training run, or owner/name on the Hugging Face Hub
+    model: str | None = None  # folder of a saved model or of a training run, or owner/name on the Hugging Face Hub
     encoder_weights: Annotated[str | None, tyro.conf.arg(name="encoder.weights")] = None  # where the CNN's weights are
     format: Literal["text", "jsonl"] = "text"  # "text": sentences; "jsonl": a JSON object a photo
     output: Path | None = None  # file to write to, instead of standard output
@@ -163,9 +168,13 @@ def _caption(arguments: Sequence[str] | None, prog: str) -> int:
 
     if not chosen.photos:
         raise CaptionerError(f"there is nothing to caption; give photos or folders of photos: {prog} photo.jpg")
+    if chosen.model is None:
+        raise CaptionerError("there is no model; give one with --model DIR, or train one: python train.py shapes")
     paths = images.find(chosen.photos)
     captioner = Captioner.from_pretrained(chosen.model, encoder_weights=chosen.encoder_weights)
     options = _options(CaptionArguments, chosen, arguments, prog, captioner)
+    if chosen.explain and (chosen.output or chosen.format != "text"):
+        raise CaptionerError("--explain prints on the screen; leave out --output and --format")
     if chosen.explain:
         return _explain(captioner, paths, options)
     bad = 0
@@ -191,82 +200,156 @@ def _caption(arguments: Sequence[str] | None, prog: str) -> int:
 
 def _explain(captioner: Captioner, paths: Sequence[Path], options: DecodingOptions) -> int:
     from rich.console import Console
+    from rich.text import Text
 
     from captioner.explain import render
 
+    bad = 0
     for path in paths:
-        tree = render(captioner.explain(path, options), captioner.vocabulary)
-        tree.label = str(path)
+        try:
+            tree = render(captioner.explain(path, options), captioner.vocabulary)
+        except ImageError as error:
+            bad += 1
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        tree.label = Text(str(path))
         Console(highlight=False).print(tree)
-    return 0
+    return 1 if bad else 0
+
+
+_ARGUMENTS = ("data", "images", "references", "on_problem", "java")  # that scores depend on
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What `captioner evaluate` scores."""
+
+    annotations: Annotations
+    split: str
+    references: Mapping[ImageId, Sequence[str]]
+    candidates: Sequence[Hypotheses]
+    training: Sequence[str] = ()  # captions that the model has learned from, where they are known
+    unreadable: Sequence[str] = ()  # photos that were left out, and why
 
 
 def _evaluate(arguments: Sequence[str] | None, prog: str) -> int:
     chosen = tyro.cli(EvaluateArguments, args=arguments, prog=prog, default=EvaluateArguments(decoding=_Unchecked()))
-    from captioner import evaluation
-    from captioner.annotations import load
-    from captioner.model import Captioner
-    from captioner.preparation import stored_features
+    from captioner import scoring
     from captioner.reports import show
 
-    idf = None if chosen.idf is None else evaluation.read_idf(chosen.idf)
-    files = chosen.results + ((chosen.results_file,) if chosen.results_file else ())
-    if (chosen.model is None) == (not files) or len(files) > 2:
-        raise CaptionerError("what to score is not clear; give --model DIR with --data, or one or two files of results")
-    if (source := chosen.data if chosen.model else chosen.references) is None:
-        option = "--data" if chosen.model else "--references"
-        raise CaptionerError(f"the human captions are missing; give them with {option}")
-    if chosen.model is not None:
-        captions = load(source, images=chosen.images, on_problem=chosen.on_problem)
-    else:  # where references are not divided into splits, none are kept back for validation
-        captions = load(source, on_problem=chosen.on_problem, val_share=0, check_images=False)
-    undivided = chosen.model is None and chosen.split is None and len({e.split for e in captions.examples}) == 1
-    split = chosen.split or "val"
-    examples = captions.examples if undivided else captions.split(split)
-    if chosen.model is not None:
-        captioner = Captioner.from_pretrained(chosen.model, encoder_weights=chosen.encoder_weights)
-        captioner.options = _options(EvaluateArguments, chosen, arguments, prog, captioner)
-        store, unreadable = stored_features(captions, examples, captioner.encoder, chosen.features)
-        examples = tuple(example for example in examples if example.image_id not in unreadable)
-        candidates = [evaluation.caption_split(captioner, store, examples)]
-    else:
-        unreadable = {}
-        candidates = [evaluation.read_results(path, evaluation.references_of(examples)) for path in files]
-    references = evaluation.references_of(examples)
-    trained_on = [e for e in captions.examples if e.split == "train" != split and not undivided]
+    results = chosen.results + ((chosen.results_file,) if chosen.results_file else ())
+    _check_evaluate(chosen, results)
+    idf = None if chosen.idf is None else scoring.read_idf(chosen.idf)
+    subject = _model_on_split(chosen, arguments, prog) if chosen.model else _results(chosen, results)
+    if chosen.captions is not None:
+        _write(chosen.captions, json.dumps(subject.candidates[0].results(), indent=0) + "\n")
     evaluations = [
-        evaluation.evaluate(
-            references,
-            found,
-            training=[caption for example in trained_on for caption in example.captions],
+        scoring.evaluate(
+            subject.references,
+            candidate,
+            training=subject.training,
             idf=idf,
             statistics=chosen.statistics,
             java=chosen.java,
         )
-        for found in candidates
+        for candidate in subject.candidates
     ]
-    comparison = evaluation.compare(evaluations, chosen.statistics) if len(evaluations) == 2 else {}
-    result = {
-        **evaluation.circumstances(captions, chosen.idf, chosen.statistics),
-        "split": "all" if undivided else split,
-        "photos": len(references),
-        "unreadable": [str(error) for error in unreadable.values()],
-        "evaluations": [found.as_json() for found in evaluations],
-        "comparison": {name: dataclasses.asdict(value) for name, value in comparison.items()},
-    }
+    compared = len(evaluations) == 2 and chosen.statistics.resamples > 0
+    comparison = scoring.compare(evaluations, chosen.statistics) if compared else {}
     with _writer(None):
         show(evaluations, comparison)
     if chosen.save_idf is not None:
-        evaluation.save_idf(references, chosen.save_idf)
-    for path, text in (
-        (chosen.output, json.dumps(result, indent=2) + "\n"),
-        (chosen.per_image, "".join(json.dumps(row) + "\n" for found in evaluations for row in found.per_image())),
-        (chosen.captions, json.dumps(candidates[0].results(), indent=0) + "\n"),
-    ):
-        if path is not None:
-            with _writer(path) as out:
-                out.write(text)
-    return 1 if unreadable else 0
+        scoring.save_idf(subject.references, chosen.save_idf)
+    if chosen.output is not None:
+        result = {
+            **scoring.circumstances(subject.annotations, chosen.idf, chosen.statistics),
+            "arguments": {
+                name: getattr(chosen, name) for name in ("data", "images", "references", "on_problem", "java")
+            },
+            "split": subject.split,
+            "photos": len(subject.references),
+            "unreadable": subject.unreadable,
+            "evaluations": [evaluation.as_json() for evaluation in evaluations],
+            "comparison": {name: dataclasses.asdict(value) for name, value in comparison.items()},
+        }
+        _write(chosen.output, json.dumps(result, indent=2, default=str) + "\n")
+    if chosen.per_image is not None:
+        rows = (row for evaluation in evaluations for row in evaluation.per_image())
+        _write(chosen.per_image, "".join(json.dumps(row) + "\n" for row in rows))
+    return 1 if subject.unreadable else 0
+
+
+def _check_evaluate(chosen: EvaluateArguments, results: Sequence[Path]) -> None:
+    """Refuse what cannot be meant or cannot end well, before anything is computed."""
+    if (chosen.model is None) == (not results) or len(results) > 2:
+        raise CaptionerError("what to score is not clear; give --model DIR with --data, or one or two files of results")
+    needed, other = ("data", "references") if chosen.model else ("references", "data")
+    if getattr(chosen, needed) is None:
+        raise CaptionerError(f"the human captions are missing; give them with --{needed}")
+    idle = [other] if chosen.model else [other, "images", "features", "captions", "encoder_weights"]
+    given = [f"--{name.replace('_', '-')}" for name in idle if getattr(chosen, name) is not None]
+    if given:
+        subject = "--model" if chosen.model else "files of results"
+        raise CaptionerError(f"{', '.join(given)} has no meaning with {subject}; leave it out")
+    for path in (chosen.output, chosen.per_image, chosen.captions, chosen.save_idf):
+        if path is not None and not path.parent.is_dir():
+            raise CaptionerError(f"{path}: its folder does not exist; make it, or give another file")
+    for metric in chosen.java:
+        if reason := why_not(metric):
+            raise CaptionerError(reason)
+
+
+def _model_on_split(chosen: EvaluateArguments, arguments: Sequence[str] | None, prog: str) -> _Subject:
+    """Caption a split with a model."""
+    from captioner.annotations import load
+    from captioner.evaluation import caption_split
+    from captioner.model import Captioner
+    from captioner.preparation import stored_features
+    from captioner.run_folder import fingerprint
+    from captioner.scoring import references_of
+
+    assert chosen.model is not None
+    assert chosen.data is not None
+    captioner = Captioner.from_pretrained(chosen.model, encoder_weights=chosen.encoder_weights)
+    captioner.options = _options(EvaluateArguments, chosen, arguments, prog, captioner)
+    trained = captioner.training
+    captions = load(
+        chosen.data,
+        images=chosen.images,
+        restval=trained.get("restval", "train"),
+        on_problem=chosen.on_problem,
+        val_share=trained.get("val_share", 0.05),  # the same photos are kept back as in training
+    )
+    split = chosen.split or "val"
+    examples = captions.split(split)
+    store, failures = stored_features(captions, examples, captioner.encoder, chosen.features)
+    readable = [example for example in examples if example.image_id not in failures]
+    known = [example for example in captions.examples if example.split == "train"]
+    # Copies of training captions are counted where it is known that these were the ones, and they are not scored on.
+    counted = split != "train" and trained.get("train_sha256") == fingerprint(known)
+    return _Subject(
+        captions,
+        split,
+        references_of(readable),
+        [caption_split(captioner, store, readable)],
+        [caption for example in known for caption in example.captions] if counted else (),
+        [str(error) for error in failures.values()],
+    )
+
+
+def _results(chosen: EvaluateArguments, paths: Sequence[Path]) -> _Subject:
+    """Read files of results and their references."""
+    from captioner.annotations import load
+    from captioner.scoring import read_results, references_of
+
+    assert chosen.references is not None
+    # Where references are not divided into splits, none are kept back for validation.
+    captions = load(chosen.references, on_problem=chosen.on_problem, val_share=0, check_images=False)
+    undivided = chosen.split is None and len({example.split for example in captions.examples}) == 1
+    split = chosen.split or "val"
+    references = references_of(captions.examples if undivided else captions.split(split))
+    candidates = [read_results(path, references) for path in paths]
+    return _Subject(captions, "all" if undivided else split, references, candidates)
 
 
 def _options(
@@ -293,14 +376,34 @@ def _writer(path: Path | None) -> Iterator[TextIO]:
             _drop_output()
             raise CaptionerError(f"standard output cannot be written ({error.strerror})") from None
         return
-    part = path.with_name(path.name + ".part")
+    if path.is_dir() or not path.name:
+        raise CaptionerError(f"{path}: is a folder; give the name of a file")
+    path = path.resolve()
+    special = path.exists() and not path.is_file()  # a device or a pipe, which must not be replaced
+    part = path if special else path.with_name(path.name + ".part")
     try:
-        with part.open("w", encoding="utf-8", errors="surrogateescape") as out:  # names of files may be any bytes
+        # Names of files may be any bytes. What an earlier, stopped run left is not overwritten.
+        with part.open("w" if special else "x", encoding="utf-8", errors="surrogateescape") as out:
             yield out
-        part.replace(path)
+        if not special:
+            part.replace(path)
+    except FileExistsError:
+        raise CaptionerError(f"{part}: holds the rows of a run that was stopped; rename or delete it first") from None
     except OSError as error:
-        kept = f"; what was written is in {part}" if part.exists() else ""
+        kept = f"; what was written is in {part}" if part.exists() else "; give another --output"
         raise CaptionerError(f"{path}: cannot be written ({error.strerror}){kept}") from None
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a result in one step."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with _writer(path) as out:
+            out.write(text)
+        return
+    try:
+        files.write(path.resolve(), text)
+    except OSError as error:
+        raise CaptionerError(f"{path}: cannot be written ({error.strerror}); give another file") from None
 
 
 def _json(row: dict[str, object]) -> str:

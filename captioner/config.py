@@ -22,6 +22,8 @@ EncoderName = Literal[
 CellName = Literal["lstm", "gru", "rnn", "irnn"]
 FeatureNorm = Literal["standard", "sqrt", "none"]
 Precision = Literal["auto", "fp32", "bf16"]
+Method = Literal["beam", "sample"]
+Normalisation = Literal["none", "average", "gnmt"]
 Tracking = Literal["wandb", "none"]
 
 
@@ -63,12 +65,12 @@ class DecoderConfig:
 class DecodingOptions:
     """How captions are searched for."""
 
-    method: Literal["beam", "sample"] = "beam"  # "beam" looks for the likeliest captions, "sample" draws them at random
+    method: Method = "beam"  # "beam" looks for the likeliest captions, "sample" draws them at random
     beam_size: int = 3  # hypotheses kept an image; 1 is greedy search
     num_captions: int = 1  # captions an image, best first; the beam is at least this wide
     max_words: int = 20  # longer captions are cut there
     min_words: int = 1  # a caption may not end before it has this many words
-    length_normalisation: Literal["none", "average", "gnmt"] = "none"  # what log-probabilities are divided by to rank
+    length_normalisation: Normalisation = "none"  # what log-probabilities are divided by to rank
     gnmt_alpha: float = 0.6  # strength of the "gnmt" normalisation, ((5 + length) / 6) ** alpha
     no_repeat_ngram: int = 0  # a run of this many words comes at most once in a caption; 0 allows all
     forbidden_words: tuple[str, ...] = ()  # words that a caption never has
@@ -80,7 +82,7 @@ class DecodingOptions:
     top_p: float = 1.0  # sampling: only among the likeliest words that together have this probability
     typical_p: float = 1.0  # sampling: only among the most typical words that together have this probability
     seed: int = 0  # sampling: the same seed and photo give the same captions, in any batch
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # arithmetic; "auto" is bf16 where the device has it fast
+    precision: Precision = "auto"  # arithmetic; "auto" is bf16 where the device has it fast
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be meant.
@@ -111,14 +113,10 @@ class DecodingOptions:
                 f"beam_groups is {self.beam_groups}, which does not divide the beam of {self.width}; "
                 "expected groups of equal size"
             )
-        known = {
-            "method": ("beam", "sample"),
-            "length_normalisation": ("none", "average", "gnmt"),
-            "precision": ("auto", "fp32", "bf16"),
-        }
-        for name, values in known.items():
-            if getattr(self, name) not in values:
-                raise CaptionerError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(values)}")
+        for name, allowed in (("method", Method), ("length_normalisation", Normalisation), ("precision", Precision)):
+            _choice(name, getattr(self, name), allowed)
+        if not 0 <= self.seed < 2**63:
+            raise CaptionerError(f"seed is {self.seed}; expected 0 to {2**63 - 1}")
         if self.required_words and (self.method == "sample" or self.beam_groups > 1):
             raise CaptionerError('required_words need method "beam" and 1 of beam_groups; leave one of them out')
         if self.beam_groups > 1 and self.method == "sample":
@@ -179,12 +177,15 @@ class TrainingConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     optimisation: OptimisationConfig = field(default_factory=OptimisationConfig)
-    # how validation captions are searched for; by average log-probability: the sum favours captions that say too little
-    decoding: DecodingOptions = field(default_factory=lambda: DecodingOptions(length_normalisation="average"))
+    # how validation captions are searched for: by average log-probability, since the sum favours captions that say too
+    # little; without loops; and in fp32, so that scores do not depend on the machine
+    decoding: DecodingOptions = field(
+        default_factory=lambda: DecodingOptions(length_normalisation="average", no_repeat_ngram=3, precision="fp32")
+    )
     min_count: int = 5  # words seen fewer times in the training captions become [unk]
     max_words: int = 30  # longer training captions are cut there
     precision: Precision = "auto"  # "auto" is bf16 where the processor or GPU is fast at it, else fp32
-    seed: int = 0  # decides initial weights, order of captions and dropout
+    seed: int = 0  # decides the decoder's initial weights, the order of captions and dropout
     tracking: Tracking = "wandb"  # Weights & Biases; offline by itself where there is no API key
     project: str = "captioner"  # of Weights & Biases
 
@@ -192,7 +193,8 @@ class TrainingConfig:
         """Check the ranges."""
         for name in ("min_count", "max_words"):
             _at_least(name, getattr(self, name), 1)
-        _at_least("seed", self.seed, 0)
+        if not 0 <= self.seed < 2**32:
+            raise CaptionerError(f"seed is {self.seed}; expected 0 to {2**32 - 1}")
         _choice("precision", self.precision, Precision)
         _choice("tracking", self.tracking, Tracking)
 
@@ -208,7 +210,8 @@ class Statistics:
     def __post_init__(self) -> None:
         """Check the ranges."""
         _at_least("statistics.resamples", self.resamples, 0)
-        _share("statistics.confidence", self.confidence)
+        if not 0 < self.confidence < 1:
+            raise CaptionerError(f"statistics.confidence is {self.confidence}; expected more than 0 and less than 1")
 
 
 def _choice(name: str, value: str, allowed: Any) -> None:

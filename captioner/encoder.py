@@ -13,6 +13,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
 
@@ -153,13 +154,21 @@ def _network(name: EncoderName, *, initialised: bool) -> nn.Module:
     return network if initialised else network.to_empty(device="cpu")
 
 
+def is_file(path: Path) -> bool:
+    """Whether a file is there; not where its name is too long for one, or its folder may not be entered."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def _read(config: EncoderConfig) -> Mapping[str, Tensor]:
     if config.weights == "default" and config.name == "tiny":
         raise WeightsError("tiny has no pretrained weights; give a file, or train it: --encoder.weights random")
     if config.weights == "default":
         return _download(config.name)
     path = Path(config.weights)
-    if not path.is_file():
+    if not is_file(path):
         raise WeightsError(
             f"{path}: no such weight file for {config.name}; give a .safetensors or .pth file, or 'default'"
         )
@@ -175,7 +184,7 @@ def _download(name: EncoderName) -> Mapping[str, Tensor]:
             cached.parent.mkdir(parents=True, exist_ok=True)
             log.info("downloading %s", url)
             torch.hub.download_url_to_file(url, str(cached), cached.stem.rsplit("-", 1)[-1], progress=True)
-        except (URLError, OSError, RuntimeError) as error:
+        except (URLError, HTTPException, OSError, RuntimeError) as error:
             reason = getattr(error, "reason", error)
             raise WeightsError(
                 f"no weights for {name}: {url} cannot be downloaded ({reason}); "

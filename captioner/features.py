@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
-from captioner import images
+from captioner import files, images
 from captioner.annotations import Annotations, Example
 from captioner.caption_files import ImageId
 from captioner.config import FEATURE_SIZE
@@ -37,7 +37,7 @@ class Stamp:
     """What made the features. Stores with different stamps are never mixed."""
 
     encoder: str  # name of the network
-    weights_sha256: str  # of its weights, see `encoder.fingerprint`
+    weights_sha256: str  # of its weights, see `weights.fingerprint`
     image_size: int  # height and width that photos are resized to, in pixels
     preprocessing: str  # see `images.PREPROCESSING`
     feature_size: int = FEATURE_SIZE
@@ -67,7 +67,8 @@ class FeatureStore:
             self._read_rows()
         except OSError as error:
             raise FeatureStoreError(
-                f"{folder}: cannot be used as a feature store ({error.strerror or error})"
+                f"{folder}: cannot be used as a feature store ({error.strerror or error}); "
+                "choose another folder with --features DIR"
             ) from None
 
     def __len__(self) -> int:
@@ -107,9 +108,7 @@ class FeatureStore:
         path = self.folder / "stamp.json"
         wanted = dataclasses.asdict(self.stamp)
         if not path.exists():
-            temporary = path.with_suffix(f".{os.getpid()}")
-            temporary.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-            temporary.replace(path)
+            files.write(path, json.dumps(wanted, indent=2) + "\n")
             return
         try:
             found = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -286,7 +285,7 @@ def _size(path: Path) -> int | None:
 def default_folder(annotations: Annotations, stamp: Stamp) -> Path:
     """Where the features of a data set are kept if nothing else is said: one folder a set of photos and encoder."""
     photos = sorted({str(example.path.parent) for example in annotations.examples})
-    place = hashlib.sha256("\n".join(photos).encode()).hexdigest()[:8]
+    place = hashlib.sha256(json.dumps([photos, dataclasses.asdict(stamp)]).encode()).hexdigest()[:8]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    name = f"{annotations.name}-{place}-{stamp.encoder}-{stamp.weights_sha256[:8]}-{stamp.image_size}"
+    name = f"{annotations.name}-{stamp.encoder}-{stamp.image_size}-{place}"
     return cache / "captioner" / "features" / name

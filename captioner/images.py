@@ -7,13 +7,16 @@ encoder; here values stay 8-bit.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import struct
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -37,23 +40,35 @@ _BACKGROUND = (255, 255, 255)
 def find(paths: Iterable[Path]) -> list[Path]:
     """List photos: files as they are given, folders searched through all their levels in the order of their names.
 
+    Hidden files in folders are passed over: macOS leaves one, `._photo.jpg`, beside each photo on a foreign disk.
+
     Raises:
-        ImageError: a path does not exist, or a folder holds no photo.
+        ImageError: a path does not exist or may not be looked at, or a folder holds no photo.
     """
     found: list[Path] = []
     for path in paths:
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-            if not inside:
-                raise ImageError(
-                    f"{path}: no photo in this folder; expected files ending in {', '.join(sorted(EXTENSIONS))}"
-                )
-            found += inside
-        elif path.exists():
-            found.append(path)
-        else:
+        try:
+            found += _photos_in(path) if path.is_dir() else [path]
+            there = path.exists()
+        except OSError as error:
+            place = str(error.filename or path)
+            raise ImageError(
+                f"{place}: cannot be looked at ({error.strerror}); give a photo or a folder of photos that may be read"
+            ) from None
+        if not there:
             raise ImageError(f"{path}: no such file or folder; give the path of a photo or of a folder of photos")
     return found
+
+
+def _photos_in(folder: Path) -> list[Path]:
+    inside = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
+    )
+    if not inside:
+        raise ImageError(f"{folder}: no photo in this folder; expected files ending in {', '.join(sorted(EXTENSIONS))}")
+    return inside
 
 
 def load(source: Path | str | Image.Image, size: int) -> UInt8[Tensor, "3 height width"]:
@@ -76,10 +91,8 @@ def load(source: Path | str | Image.Image, size: int) -> UInt8[Tensor, "3 height
     try:
         if isinstance(source, Image.Image):
             return _to_tensor(source, size)
-        with Image.open(path) as image:
-            # Pillow only warns of what is up to twice its limit. (Turning its warning into an error would change the
-            # filters of all threads, which `stream` has many of.)
-            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+        with Path(source).open("rb") as file, _open(file, str(path)) as image:
+            if image.width * image.height > _most_pixels():
                 raise Image.DecompressionBombError
             # A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, never below what is asked for.
             image.draft("RGB", (size, size))
@@ -91,8 +104,8 @@ def load(source: Path | str | Image.Image, size: int) -> UInt8[Tensor, "3 height
     except UnidentifiedImageError:
         raise ImageError(f"{path}: not a photo; expected JPEG, PNG, WebP, GIF, BMP or TIFF") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        limit = (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
-        raise ImageError(f"{path}: has more than {limit} million pixels; make it smaller first") from None
+        limit = _most_pixels() // 1_000_000
+        raise ImageError(f"{path}: has more than {limit:.0f} million pixels; make it smaller first") from None
     except PermissionError:
         raise ImageError(f"{path}: may not be read; change its permissions") from None
     except Exception as error:
@@ -188,6 +201,28 @@ def _collect(start: int, photos: list[Future[Tensor]], size: int) -> PhotoBatch:
             failures[index] = error
     stacked = torch.stack(pixels) if pixels else torch.empty((0, 3, size, size), dtype=torch.uint8)
     return PhotoBatch(indices, stacked, failures)
+
+
+def _most_pixels() -> float:
+    """Where Pillow's own error is: 179 million pixels. Phones make photos of 108 million."""
+    return 2 * (Image.MAX_IMAGE_PIXELS or math.inf)
+
+
+def _open(file: IO[bytes], name: str) -> Image.Image:
+    """Do what `Image.open` does but for its warning of more than half of `_most_pixels`.
+
+    That warning could be silenced for all threads at once only, of which `stream` has many and the caller others.
+    """
+    prefix = file.read(16)
+    for register in (Image.preinit, Image.init):  # the usual formats, then all
+        register()
+        for factory, accept in list(Image.OPEN.values()):  # other threads may add some
+            with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):  # not of this format
+                accepted = accept is None or accept(prefix)
+                if accepted and not isinstance(accepted, str):  # a text says why Pillow was built without the format
+                    file.seek(0)
+                    return factory(file, name)
+    raise UnidentifiedImageError
 
 
 def _to_tensor(image: Image.Image, size: int) -> UInt8[Tensor, "3 height width"]:

@@ -19,13 +19,16 @@ from captioner.card import model_card
 from captioner.config import DecodingOptions
 from captioner.decoder import Decoder
 from captioner.decoding import decode
-from captioner.encoder import Encoder
+from captioner.encoder import Encoder, is_file
 from captioner.errors import CheckpointError, WeightsError
 from captioner.explain import Explanation, explain
 from captioner.prepared import PreparedDecoder
 from captioner.vocabulary import Vocabulary
 
 Photo = Path | str | Image.Image
+
+_REMEDY = "train one (`python train.py shapes`) or give --model DIR"
+_NO_FILE = ("default", "random")  # what `EncoderConfig.weights` may be besides a path
 
 
 @dataclass(frozen=True)
@@ -88,31 +91,42 @@ class Captioner:
             device: where to compute; by default a GPU if there is one.
 
         Raises:
-            CheckpointError: the model is missing, incomplete or altered, or the encoder's weights are not those that
-                it was trained with.
+            CheckpointError: the model is missing, incomplete or altered, the encoder's weights are not those that
+                it was trained with, or some are given for a model that has its own.
             WeightsError: the encoder's weights are not there.
         """
         folder = find(model)
         saved = checkpoint.read(folder)
         config = saved.encoder
-        if encoder_weights is not None and saved.encoder_state is None:
+        stored = saved.encoder_state is not None
+        if encoder_weights is not None and stored:
+            raise CheckpointError(
+                f"{folder}: has the weights of its encoder in itself; leave out those given ({encoder_weights})"
+            )
+        if encoder_weights is not None:
             config = dataclasses.replace(config, weights=encoder_weights)
+        elif not stored and config.weights not in _NO_FILE and not is_file(Path(config.weights)):
+            raise WeightsError(
+                f"{config.weights}: no such weight file for {config.name}, which {folder} was trained with; give a "
+                f"file of these weights (SHA-256 {saved.encoder_sha256[:12]}) with --encoder.weights FILE"
+            )
         try:
             encoder = Encoder(config, saved.encoder_state)
         except WeightsError as error:
-            if saved.encoder_state is None:
+            if not stored:
                 raise
             raise CheckpointError(f"{folder / checkpoint.WEIGHTS}: {error}; fetch the model again") from None
         if encoder.weights_sha256 != saved.encoder_sha256:
+            source = "it has in itself" if stored else f"those of {config.weights!r}"
+            remedy = "fetch the model again" if stored else "give the right file with --encoder.weights FILE"
             raise CheckpointError(
-                f"{folder}: was trained with other {config.name} weights than those of {config.weights!r} "
-                f"({saved.encoder_sha256[:12]}, not {encoder.weights_sha256[:12]}); "
-                "give the right file with --encoder.weights"
+                f"{folder}: was trained with other {config.name} weights than {source} "
+                f"({saved.encoder_sha256[:12]}, not {encoder.weights_sha256[:12]}); {remedy}"
             )
         decoder = Decoder(saved.decoder, len(saved.vocabulary))
         checkpoint.fill(decoder, saved.decoder_state, str(folder / checkpoint.WEIGHTS))
         captioner = cls(encoder, decoder, saved.vocabulary, saved.decoding, saved.training)
-        captioner.stores_encoder = saved.encoder_state is not None  # fine-tuned weights stay with their model
+        captioner.stores_encoder = stored  # fine-tuned weights stay with their model
         return captioner.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -131,8 +145,11 @@ class Captioner:
         """Write the model's files into a folder that exists."""
         state = self.encoder.body.state_dict()
         stored = self.stores_encoder
+        config = self.encoder.config
+        if not stored and config.weights not in _NO_FILE:  # the model is to load from any working directory
+            config = dataclasses.replace(config, weights=str(Path(config.weights).absolute()))
         saved = checkpoint.Checkpoint(
-            encoder=self.encoder.config,
+            encoder=config,
             encoder_sha256=weights.fingerprint(state) if stored else self.encoder.weights_sha256,
             decoder=self.decoder.config,
             decoding=self.options,
@@ -249,8 +266,14 @@ def find(model: str | Path) -> Path:
         CheckpointError: there is none.
     """
     folder = Path(model)
-    if not folder.exists() and not checkpoint.recover(folder) and _is_hub_name(str(model)):
+    try:
+        there, on_hub = checkpoint.recover(folder), _is_hub_name(str(model))
+    except OSError as error:  # a name that is too long, or a folder that may not be entered
+        raise CheckpointError(f"{model}: no such model ({error.strerror}); {_REMEDY}") from None
+    if not there and on_hub:
         return _download(str(model))
+    if not there:
+        raise CheckpointError(f"{model}: no such model; {_REMEDY}")
     if (folder / "last").exists() or checkpoint.recover(folder / "best"):
         best = folder / "best"
         if not checkpoint.recover(best):
@@ -260,8 +283,10 @@ def find(model: str | Path) -> Path:
 
 
 def _is_hub_name(model: str) -> bool:
+    """Whether a name can be one of the Hub: `owner/name`, and not the path of what is not, or not yet, on this disk."""
     parts = model.split("/")
-    return len(parts) == 2 and all(part and part not in (".", "..") for part in parts)
+    named = len(parts) == 2 and all(part and part not in (".", "..") for part in parts)
+    return named and parts[0] != "runs" and not Path(parts[0]).is_dir()
 
 
 def _download(repo_id: str) -> Path:
@@ -271,8 +296,7 @@ def _download(repo_id: str) -> Path:
         return Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors", "README.md"]))
     except Exception as error:  # see `push_to_hub`
         raise CheckpointError(
-            f"{repo_id}: no such folder, and not to be had from the Hugging Face Hub ({_first_line(error)}); "
-            "give the folder of a model with --model"
+            f"{repo_id}: no such model here, nor on the Hugging Face Hub ({_first_line(error)}); {_REMEDY}"
         ) from None
 
 

@@ -53,7 +53,6 @@ def prepare(config: TrainingConfig, accelerator: Accelerator) -> Data:
         restval=where.restval,
         on_problem=where.on_problem,
         val_share=where.val_share,
-        seed=config.seed,
     )
     log.info("%s: %s", captions.name, captions.problems.report())
     encoder = Encoder(config.encoder, trainable=config.optimisation.encoder_learning_rate > 0).to(accelerator.device)

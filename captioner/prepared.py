@@ -13,15 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from captioner.config import Precision
 from captioner.decoder import Decoder, State
 
-Precision = Literal["auto", "fp32", "bf16"]
 _Linear = Callable[[Tensor], Tensor]
 
 

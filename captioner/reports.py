@@ -6,14 +6,17 @@ from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from captioner.evaluation import Evaluation
 from captioner.metrics import Comparison
+from captioner.scoring import Evaluation
 
 
 def show(evaluations: Sequence[Evaluation], comparison: Mapping[str, Comparison]) -> None:
     """Print scores with their intervals, what the captions are like, and how two sets of them differ."""
-    table = Table("", *(_name(found, number) for number, found in enumerate(evaluations)), box=None)
+    table = Table("", box=None)
+    for number, found in enumerate(evaluations):
+        table.add_column(_name(found, number))
     if comparison:
         table.add_column("difference")
         table.add_column("p")
@@ -32,8 +35,8 @@ def show(evaluations: Sequence[Evaluation], comparison: Mapping[str, Comparison]
     Console(width=max(100, Console().width)).print(table)
 
 
-def _name(found: Evaluation, number: int) -> str:
-    return str(found.hypotheses.origin.get("results", "score" if number == 0 else ""))
+def _name(found: Evaluation, number: int) -> Text:
+    return Text(str(found.hypotheses.origin.get("results", "score" if number == 0 else "")))
 
 
 def _score(found: Evaluation, score: str) -> str:

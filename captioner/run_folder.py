@@ -16,11 +16,14 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from captioner import checkpoint, weights
+from captioner import checkpoint, files, weights
 from captioner.annotations import Example
 from captioner.config import TrainingConfig
 from captioner.errors import CaptionerError, CheckpointError
 
+# Settings that may differ between two starts of one run: where things lie (what they hold is compared by its content),
+# and what is reported where.
+_FREE = {"output", "tracking", "project", "data.data", "data.images", "data.features", "encoder.weights"}
 _STATE, _HISTORY = "training_state.safetensors", "training.json"
 
 
@@ -49,19 +52,20 @@ def claim(config: TrainingConfig, *, write: bool) -> dict[str, Any]:
     """
     settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     path = config.output / "config.json"
-    free = {"output", "tracking", "project"}  # may differ between two starts of one run
     begun = [checkpoint.recover(config.output / name) for name in ("best", "last")]
-    if path.is_file() and any(begun):
+    if path.is_file():
         try:
             before = dict(json.loads(path.read_text(encoding="utf-8")))
         except ValueError as error:
             raise CheckpointError(f"{path}: damaged, not JSON ({error}); choose another --output") from None
+        if "optimisation" not in before:
+            raise CheckpointError(f"{path}: is not of a training run; choose another --output")
         different = [
             f"{key} was {old!r}, now {new!r}"
             for key, (old, new) in _differences(before, settings).items()
-            if key.split(".")[0] not in free
+            if key not in _FREE
         ]
-        if different:
+        if different and any(begun):
             raise CheckpointError(
                 f"{config.output}: holds a run with other settings: {'; '.join(different[:3])}; choose another --output"
             )
@@ -69,9 +73,11 @@ def claim(config: TrainingConfig, *, write: bool) -> dict[str, Any]:
         return settings
     try:
         config.output.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(path, json.dumps(settings, indent=2) + "\n")
+        files.write(path, json.dumps(settings, indent=2) + "\n")
     except OSError as error:
-        raise CheckpointError(f"{config.output}: cannot be written ({error.strerror})") from None
+        raise CheckpointError(
+            f"{config.output}: cannot be written ({error.strerror}); choose another --output"
+        ) from None
     return settings
 
 
@@ -84,8 +90,8 @@ def save_state(folder: Path, history: History, moments: Mapping[str, Tensor]) ->
         moments: of the optimiser, by name.
     """
     save_file(dict(moments), folder / _STATE)
-    saved = {**dataclasses.asdict(history), "sha256": checkpoint.file_sha256(folder / _STATE)}
-    checkpoint.write_text(folder / _HISTORY, json.dumps(saved, indent=2) + "\n")
+    saved = {**dataclasses.asdict(history), "sha256": files.sha256(folder / _STATE)}
+    files.write(folder / _HISTORY, json.dumps(saved, indent=2) + "\n")
 
 
 def load_state(folder: Path) -> tuple[History, dict[str, Tensor]]:
@@ -96,7 +102,7 @@ def load_state(folder: Path) -> tuple[History, dict[str, Tensor]]:
     """
     try:
         saved = json.loads((folder / _HISTORY).read_text(encoding="utf-8"))
-        if saved.pop("sha256") != checkpoint.file_sha256(folder / _STATE):
+        if saved.pop("sha256") != files.sha256(folder / _STATE):
             raise CheckpointError(f"{_STATE} is altered")
         return History(**saved), weights.read(folder / _STATE)
     except (OSError, KeyError, AttributeError, ValueError, TypeError, CaptionerError) as error:

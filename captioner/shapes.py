@@ -11,7 +11,6 @@ import io
 import itertools
 import json
 import math
-import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
+from captioner import files
 from captioner.errors import AnnotationError
 
 COLOURS = {  # RGB; far enough apart that the jitter of COLOUR_JITTER cannot turn one into another
@@ -156,7 +156,7 @@ def generate(folder: Path, *, train: int = 3000, val: int = 300, size: int = 64,
                 return
             captions.unlink()
         images.mkdir(parents=True, exist_ok=True)
-        _write(stamp, json.dumps(settings).encode())
+        files.write(stamp, json.dumps(settings))
         rows: list[str] = []
         names: set[str] = set()
         for index, (split, scene) in enumerate(scenes(train=train, val=val, seed=seed)):
@@ -164,13 +164,13 @@ def generate(folder: Path, *, train: int = 3000, val: int = 300, size: int = 64,
             names.add(name)
             png = io.BytesIO()
             draw(scene, size=size, seed=f"{seed} {index}").save(png, "PNG")
-            _write(images / name, png.getvalue())
+            files.write(images / name, png.getvalue(), durable=False)
             row = {"image": f"images/{name}", "split": split}
             rows.extend(json.dumps({**row, "caption": caption}) for caption in scene.captions())
         for left in images.glob("shapes-*.png"):  # of a larger data set that was here before
             if left.name not in names:
                 left.unlink()
-        _write(captions, ("\n".join(rows) + "\n").encode())
+        files.write(captions, "\n".join(rows) + "\n")
     except OSError as error:
         raise AnnotationError(
             f"{folder}: the shapes cannot be written ({error}); free space or give another folder"
@@ -182,16 +182,6 @@ def _same(stamp: Path, settings: dict[str, int]) -> bool:
         return bool(json.loads(stamp.read_text(encoding="utf-8")) == settings)
     except ValueError:
         return False
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file in one step; the temporary name is this process's own, so that two at once do no harm."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _background(rng: random.Random, size: int) -> npt.NDArray[np.uint8]:

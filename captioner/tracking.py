@@ -53,7 +53,11 @@ class Tracker:
         except wandb.errors.Error as error:  # no way to the server, or a key that it does not know
             log.warning("Weights & Biases cannot be used (%s)", (str(error).splitlines() or ["no reason given"])[0])
             mode = "offline"
-            run = begin(mode=mode)
+            try:
+                run = begin(mode=mode)
+            except wandb.errors.Error:
+                log.warning("this run is not tracked; change what was said above, or use --tracking none")
+                return cls(None)
         if mode == "offline":
             kept = Path(run.settings.sync_dir)
             log.info("Weights & Biases: offline; upload this run with `wandb login` and `wandb sync %s`", kept)
@@ -81,7 +85,7 @@ class Tracker:
 
         Args:
             step: of the optimiser.
-            columns: names; the values of the one called "photo" are paths.
+            columns: names; the values of the one called "photo" are pixels, `(height, width, 3)`, 0 to 255.
             rows: a list of values each.
         """
         if self._run is None:
@@ -91,7 +95,7 @@ class Tracker:
         photo = list(columns).index("photo")
         table = wandb.Table(columns=list(columns))
         for row in rows:
-            table.add_data(*row[:photo], wandb.Image(str(row[photo])), *row[photo + 1 :])
+            table.add_data(*row[:photo], wandb.Image(row[photo]), *row[photo + 1 :])
         self._run.log({"samples": table, "step": step})
 
     def abandon(self) -> None:

@@ -6,6 +6,7 @@ started again gives the same numbers as one that was not, without saving any gen
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -23,23 +24,26 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name that everyone uses
 
-from captioner import checkpoint, metrics, run_folder
+from captioner import checkpoint, files, images, metrics, run_folder
 from captioner.config import TrainingConfig
 from captioner.dataset import Batch, CaptionDataset
 from captioner.decoder import Decoder
 from captioner.encoder import Encoder
-from captioner.errors import CaptionerError, CheckpointError
-from captioner.evaluation import describe, references_of
+from captioner.errors import CaptionerError, CheckpointError, ImageError
+from captioner.evaluation import describe
 from captioner.model import Caption, Captioner
 from captioner.preparation import Data, prepare
+from captioner.prepared import has_fast_bf16
 from captioner.progress import Progress
 from captioner.run_folder import History
+from captioner.scoring import references_of
 from captioner.tracking import Tracker
 from captioner.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
 _TRAINING = ("epoch", "train_loss")  # what an epoch's record holds that is not of validation
+_THUMBNAIL = 224  # height and width of photos shown in Weights & Biases, in pixels
 _SAMPLES = 8  # validation photos shown in Weights & Biases
 _LOG_EVERY = 20  # optimiser steps; reading the loss makes the device wait
 
@@ -165,8 +169,8 @@ class Trainer:
             if better:
                 history.best_cider, history.best_epoch = scores["cider"], history.epoch
             if main:
-                self._report(tracker, captions)
                 self._save(better, captions)
+                self._report(tracker, captions)
             self.accelerator.wait_for_everyone()
 
     def _epoch(self, tracker: Tracker) -> dict[str, float]:
@@ -286,14 +290,12 @@ class Trainer:
             {f"val/{name.removeprefix('val_')}": value for name, value in scores.items() if name not in _TRAINING},
         )
         pairs = list(zip(self.data.val.examples, captions, strict=True))
-        tracker.samples(
-            history.step,
-            ("photo", "caption", "log-probability", "human captions"),
-            [
-                (example.path, caption.text, caption.logprob, "\n".join(example.captions))
-                for example, caption in pairs[:: max(1, len(pairs) // _SAMPLES)][:_SAMPLES]
-            ],
-        )
+        rows = []
+        for example, caption in pairs[:: max(1, len(pairs) // _SAMPLES)][:_SAMPLES]:
+            with contextlib.suppress(ImageError):  # a photo that has gone since: its caption is no reason to stop
+                pixels = images.load(example.path, _THUMBNAIL).permute(1, 2, 0).numpy()
+                rows.append((pixels, caption.text, caption.logprob, "\n".join(example.captions)))
+        tracker.samples(history.step, ("photo", "caption", "log-probability", "human captions"), rows)
 
     def _save(self, better: bool, captions: Sequence[Caption]) -> None:
         history, output = self.history, self.config.output
@@ -303,6 +305,9 @@ class Trainer:
             "train_photos": len(self.data.train.examples),
             "val_photos": len(self.data.val.examples),
             "captions_sha256": self._captions_sha256,
+            "train_sha256": run_folder.fingerprint(self.data.train.examples),
+            "val_share": self.config.data.val_share,
+            "restval": self.config.data.restval,
             "epoch": history.epoch,
             "seed": self.config.seed,
             "seconds": round(history.seconds, 1),
@@ -315,7 +320,7 @@ class Trainer:
             ]
             self.captioner.save_pretrained(output / "best")
             try:
-                checkpoint.write_text(output / "captions_val.json", json.dumps(results, indent=0) + "\n")
+                files.write(output / "captions_val.json", json.dumps(results, indent=0) + "\n")
             except OSError as error:
                 raise CheckpointError(
                     f"{output / 'captions_val.json'}: cannot be written ({error.strerror}); make room and run again"
@@ -349,6 +354,12 @@ class Trainer:
                 f"{last}: its vocabulary ({len(saved.vocabulary):,} words) is not what this version makes of the data "
                 f"({len(self.captioner.vocabulary):,} words); choose another --output"
             )
+        encoder = self.data.encoder
+        if not encoder.trainable and saved.encoder_sha256 != encoder.weights_sha256:
+            raise CheckpointError(
+                f"{last}: was trained with other {encoder.config.name} weights ({saved.encoder_sha256[:12]}, "
+                f"not {encoder.weights_sha256[:12]}); give those with --encoder.weights, or choose another --output"
+            )
         checkpoint.fill(self.captioner.decoder, saved.decoder_state, str(last))
         if self.data.encoder.trainable:
             checkpoint.fill(self.data.encoder.body, saved.encoder_state or {}, str(last))
@@ -374,6 +385,5 @@ def _mixed_precision(config: TrainingConfig) -> str | None:
         return {"fp32": "no"}.get(config.precision, config.precision)
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
         return None
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "no"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return "bf16" if has_fast_bf16(device) else "no"

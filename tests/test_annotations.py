@@ -209,7 +209,7 @@ def test_split_column_and_split_files(tmp_path: Path) -> None:
     assert [len(names) for names in splits(load(tmp_path / "train.csv")).values()] == [1, 1, 0]
 
 
-def test_seeded_share(tmp_path: Path) -> None:
+def test_share_for_validation(tmp_path: Path) -> None:
     names = [f"{n}.jpg" for n in range(400)]
     path = write(tmp_path / "mine.csv", "image,caption\n" + "".join(f"{n},a\n{n},b\n" for n in names))
 
@@ -219,10 +219,10 @@ def test_seeded_share(tmp_path: Path) -> None:
     chosen = val(val_share=0.1)
     assert chosen == val(val_share=0.1)
     assert 20 < len(chosen) < 60
-    assert chosen != val(val_share=0.1, seed=1)
     assert chosen < val(val_share=0.3)  # a larger share takes more, and gives none back
     assert len(val(val_share=1e-9)) == 1
     assert len(val(val_share=0.0)) == 0
+    assert {"92.jpg", "100.jpg", "70.jpg"} <= chosen  # by their names alone, in every version and on every machine
     # Other photos come and go; those that stay keep their split.
     write(path, "image,caption\n" + "".join(f"{n},a\n" for n in names[:200]))
     assert val(val_share=0.1) == chosen & set(names[:200])
@@ -240,6 +240,7 @@ def troubled(folder: Path) -> Path:
         [(1, "fine"), (1, "  "), (2, "m"), (3, "s"), (4, "t"), (5, "of nobody"), (5, "again"), (7, ""), (1, "fine")],
     )
     train["images"].append({"id": 4, "file_name": "twice.jpg"})
+    train["annotations"].append({"id": 4, "image_id": 1, "caption": "under the id of another"})
     write(folder / "annotations/captions_train2017.json", train)
     write(folder / "annotations/captions_val2017.json", coco({3: "shared.jpg", 8: "val.jpg"}, [(3, "s"), (8, "v")]))
     photos(folder / "train2017", "fine.jpg", "shared.jpg", "twice.jpg", "mute.jpg", "silent.jpg")
@@ -254,6 +255,7 @@ def test_every_problem_is_counted_in_one_error(tmp_path: Path) -> None:
         "missing photos: 1 (e.g. missing.jpg; looked in ",
         "photos in two splits: 1 (e.g. shared.jpg)",
         "photos listed twice: 1 (e.g. twice.jpg)",
+        "caption ids given twice: 1 (e.g. caption 4 of image 1)",
         "captions for an unknown image: 2 (e.g. caption 5 of image 5)",
         "empty captions: 2 (e.g. of image 1)",
         "--images DIR",
@@ -276,13 +278,14 @@ def test_skipping_leaves_out_what_is_wrong_and_only_that(tmp_path: Path) -> None
         "missing photos": (1, True),
         "photos in two splits": (1, True),
         "photos listed twice": (1, True),
+        "caption ids given twice": (1, True),
         "captions for an unknown image": (2, True),
         "empty captions": (2, True),
         "photos without a caption": (2, False),
         "captions given twice for one photo": (1, False),
     }
     assert loaded.problems.count("empty captions") == 2
-    assert len(loaded.problems.report().splitlines()) == 7
+    assert len(loaded.problems.report().splitlines()) == 8
     assert "\n" not in loaded.problems.summary()
 
 
@@ -300,6 +303,14 @@ def test_rows_in_two_splits(tmp_path: Path) -> None:
     write(tmp_path / "val.jsonl", '{"image": "./a.jpg", "caption": "a"}\n')
     assert "photos in two splits: 1 (e.g. a.jpg)" in refusal(tmp_path)
     assert splits(load(tmp_path, on_problem="skip")) == {"train": ["b.jpg"], "val": ["a.jpg"], "test": []}
+
+
+def test_a_link_that_leads_to_itself_hides_no_other_photo(tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.csv", "image,caption\na.jpg,a\nloop.jpg,b\nz.jpg,c\n")
+    photos(tmp_path, "a.jpg", "z.jpg")
+    (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
+    assert "missing photos: 1 (e.g. loop.jpg; " in refusal(path)
+    assert [example.image_id for example in load(path, on_problem="skip").examples] == ["a.jpg", "z.jpg"]
 
 
 def test_no_photo_at_all(tmp_path: Path) -> None:
@@ -407,6 +418,9 @@ def test_wrong_encoding(tmp_path: Path) -> None:
 
 def test_folders_that_are_none(tmp_path: Path) -> None:
     assert "is not there; give a caption file or the folder of a data set" in refusal(tmp_path / "nowhere")
+    for name in ("coco", "flickr8k"):
+        message = refusal(tmp_path / name)
+        assert f"make it with `python data/prepare.py {name}` (see data/README.md), or give a caption file" in message
     assert "holds no caption file; expected dataset_*.json" in refusal(tmp_path)
     for name in ("one.csv", "two.jsonl"):
         write(tmp_path / name, "image,caption\n")
@@ -421,7 +435,9 @@ def test_unreadable_file(tmp_path: Path) -> None:
     try:
         path.read_bytes()
     except PermissionError:
-        assert refusal(path) == f"{path}: cannot be read (Permission denied)"
+        assert (
+            refusal(path) == f"{path}: cannot be read (Permission denied); see to its permissions, or give another file"
+        )
     else:
         pytest.skip("this user may read everything")
 

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 from helpers import SENTENCES, isolated, make_model, spoil  # noqa: F401
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from captioner import checkpoint, weights
+from captioner import checkpoint, files, weights
 from captioner.checkpoint import CARD, CONFIG, TOKENIZER, WEIGHTS
 from captioner.config import DecoderConfig, DecodingOptions, EncoderConfig
 from captioner.errors import CheckpointError
@@ -54,7 +55,7 @@ def alter_config(folder: Path, *where: str, to: Any = None) -> None:
 def alter_tensors(folder: Path, state: dict[str, torch.Tensor]) -> None:
     """Put other tensors in a model, with the right hash."""
     save_file(state, folder / WEIGHTS)
-    alter_config(folder, "sha256", WEIGHTS, to=checkpoint.file_sha256(folder / WEIGHTS))
+    alter_config(folder, "sha256", WEIGHTS, to=files.sha256(folder / WEIGHTS))
 
 
 def fails(folder: Path, text: str) -> None:
@@ -142,7 +143,7 @@ def test_the_vocabulary_of_another_model_is_found(folder: Path) -> None:
     other = Vocabulary.build(["completely different words"], min_count=1)
     other.save(folder / TOKENIZER)
     fails(folder, f"{TOKENIZER}: altered, or of another model")
-    alter_config(folder, "sha256", TOKENIZER, to=checkpoint.file_sha256(folder / TOKENIZER))
+    alter_config(folder, "sha256", TOKENIZER, to=files.sha256(folder / TOKENIZER))
     fails(folder, rf"{TOKENIZER}: has {len(other)} words, the model was trained with \d+; fetch")
 
 
@@ -152,6 +153,7 @@ def test_the_vocabulary_of_another_model_is_found(folder: Path) -> None:
         (b"", "damaged, not JSON"),
         (b'{"model_type": "capt', "damaged, not JSON"),
         (b"\xff\xfe{}", "damaged, not JSON"),
+        (b'{"model_type": ' + b"[" * 100_000, "damaged, not JSON"),
         (b"[]", "not of a model of captioner"),
         (b'{"model_type": "vit"}', "not of a model of captioner"),
     ],
@@ -190,17 +192,34 @@ def test_a_key_that_is_lacking_is_named(folder: Path, where: tuple[str, ...], sa
     [
         (("encoder", "name"), "vgg99", "encoder.name is 'vgg99'; expected one of"),
         (("decoder", "cell"), "transformer", "decoder.cell is 'transformer'"),
-        (("decoder", "hidden_size"), "many", "not supported between"),
+        (("decoder", "hidden_size"), "many", "decoder.hidden_size is 'many'; expected a whole number"),
+        (("decoder", "hidden_size"), 16.0, "decoder.hidden_size is 16.0; expected a whole number"),
+        (("decoder", "layers"), True, "decoder.layers is True; expected a whole number"),
+        (("decoder", "dropout"), "0", "decoder.dropout is '0'; expected a number"),
+        (("encoder", "weights"), 5, "encoder.weights is 5; expected a text"),
+        (("encoder", "name"), ["tiny"], "encoder.name is .'tiny'.; expected a text"),
+        (("encoder", "image_size"), 64.5, "encoder.image_size is 64.5; expected a whole number"),
+        (("encoder", "weights_sha256"), 1, "encoder.weights_sha256 is 1; expected a text"),
+        (("encoder", "stored"), "no", "encoder.stored is 'no'; expected true or false"),
+        (("decoding", "forbidden_words"), [1], "decoding.forbidden_words is .1.; expected a list of texts"),
+        (("decoding", "forbidden_words"), "red", "decoding.forbidden_words is 'red'; expected a list of texts"),
+        (("decoding", "seed"), "x", "decoding.seed is 'x'; expected a whole number"),
+        (("decoding",), [["seed", 1]], "decoding is .*; expected an object"),
         (("decoder", "colour"), 3, "unexpected keyword argument 'colour'"),
         (("decoding", "beam_size"), 0, "beam_size is 0; expected 1 or more"),
-        (("sha256",), 3, "not iterable"),
-        (("training",), 3, "not iterable"),
-        (("vocabulary_size",), "x", "invalid literal"),
+        (("sha256",), 3, "sha256 is 3; expected an object"),
+        (("training",), 3, "training is 3; expected an object"),
+        (("vocabulary_size",), "x", "vocabulary_size is 'x'; expected a whole number"),
     ],
 )
 def test_a_value_that_cannot_be_is_named(folder: Path, where: tuple[str, ...], to: Any, said: str) -> None:
     alter_config(folder, *where, to=to)
     fails(folder, rf"{CONFIG}: not what captioner \S+ writes \(.*{said}")
+
+
+def test_a_whole_number_is_a_number_too(folder: Path) -> None:
+    alter_config(folder, "decoding", "temperature", to=2)
+    assert checkpoint.read(folder).decoding.temperature == 2
 
 
 def test_a_missing_tensor_is_named(folder: Path) -> None:
@@ -239,19 +258,21 @@ def test_no_pickle_is_ever_loaded(folder: Path) -> None:
     for name in (WEIGHTS, TOKENIZER):
         before = (folder / name).read_bytes()
         (folder / name).write_bytes(pickle.dumps(Trap()))
-        alter_config(folder, "sha256", name, to=checkpoint.file_sha256(folder / name))
+        alter_config(folder, "sha256", name, to=files.sha256(folder / name))
         with pytest.raises(Exception, match=name) as caught:
             Captioner.from_pretrained(folder)
         assert "cannot be read as weights" in str(caught.value) or "not a tokenizer.json" in str(caught.value)
         (folder / name).write_bytes(before)
-        alter_config(folder, "sha256", name, to=checkpoint.file_sha256(folder / name))
+        alter_config(folder, "sha256", name, to=files.sha256(folder / name))
     for name in ("pytorch_model.bin", "optimizer.pt", "training_args.bin"):  # what other libraries would look for
         (folder / name).write_bytes(pickle.dumps(Trap()))
     Captioner.from_pretrained(folder)
 
 
 def test_no_folder_at_all(tmp_path: Path) -> None:
-    fails(tmp_path / "nothing", "nothing: no such folder; expected a saved model or the output of train.py")
+    fails(tmp_path / "nothing", r"nothing: no such model; train one \(`python train.py shapes`\) or give --model DIR")
+    with pytest.raises(CheckpointError, match="nothing: no such folder; expected a saved model or the output of train"):
+        checkpoint.read(tmp_path / "nothing")
     (tmp_path / "file").touch()
     fails(tmp_path / "file", "no such folder")
 
@@ -280,7 +301,7 @@ def test_the_old_model_survives_a_write_that_fails(folder: Path, size: int) -> N
     before = contents(folder)
     with (
         largest_file(size),
-        pytest.raises(CheckpointError, match=r"model: cannot be saved .* that was there before is kept; make room"),
+        pytest.raises(CheckpointError, match=r"model: cannot be saved .* that was there before is kept; choose a"),
     ):
         make_model(seed=1).save_pretrained(folder)
     assert contents(folder) == before
@@ -304,12 +325,36 @@ def save_half(folder: Path, error: BaseException) -> None:
         raise error
 
 
-def test_a_full_disk_in_the_middle(folder: Path) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_in_the_middle(folder: Path, error: Exception) -> None:
     before = contents(folder)
-    with pytest.raises(CheckpointError, match=r"No space left on device.*is kept"):
-        save_half(folder, OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(CheckpointError, match=r"No space left on device.*is kept; make room and run again"):
+        save_half(folder, error)
     assert contents(folder) == before
     assert not leftovers(folder)
+
+
+def test_what_a_link_leads_to_is_replaced(folder: Path, tmp_path: Path) -> None:
+    link, before = tmp_path / "links" / "link", contents(folder)
+    link.parent.mkdir()
+    link.symlink_to(folder)
+    for seed in (1, 2):
+        make_model(seed=seed).save_pretrained(link)
+        assert link.is_symlink()
+        assert contents(link) == contents(folder) != before
+        before = contents(folder)
+    folder.rename(folder.parent / f".{folder.name}.old")  # killed between the renames
+    assert contents(Captioner.from_pretrained(link) and link) == before
+    assert list(link.parent.iterdir()) == [link]
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(CheckpointError, match=r"loop: cannot be saved \(.+\); choose a folder that can be written and"):
+        make_model().save_pretrained(tmp_path / "loop")
 
 
 def test_an_error_in_the_block_is_passed_on(folder: Path) -> None:
@@ -451,15 +496,6 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"file/model: cannot be saved \(.*\)"):
         make_model().save_pretrained(tmp_path / "file" / "model")
-
-
-def test_write_text_is_whole_or_as_before(tmp_path: Path) -> None:
-    path = tmp_path / "file.json"
-    checkpoint.write_text(path, "before")
-    with largest_file(3), pytest.raises(OSError, match="File too large"):
-        checkpoint.write_text(path, "after")
-    assert path.read_text() == "before"
-    assert list(tmp_path.glob(".file*")) == []
 
 
 def test_spoil_is_noticed_only_in_files_that_matter(folder: Path) -> None:

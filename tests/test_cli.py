@@ -137,10 +137,19 @@ def test_an_output_that_cannot_be_written(
     model: Path, photos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(model, photos[0], "--output", tmp_path / "nothing" / "out.txt") == 2
-    assert one_line(capsys) == f"error: {tmp_path}/nothing/out.txt: cannot be written (No such file or directory)"
+    assert (
+        one_line(capsys)
+        == f"error: {tmp_path}/nothing/out.txt: cannot be written (No such file or directory); give another --output"
+    )
     (tmp_path / "folder").mkdir()
     assert run(model, photos[0], "--output", tmp_path / "folder") == 2
-    assert f"folder: cannot be written (Is a directory); what was written is in {tmp_path}/fold" in one_line(capsys)
+    assert "folder: is a folder; give the name of a file" in one_line(capsys)
+    assert run(model, photos[0], "--output", "/dev/null") == 0
+    assert not Path("/dev/null").is_file()
+    (tmp_path / "rows.part").write_text("of an earlier run")
+    assert run(model, photos[0], "--output", tmp_path / "rows") == 2
+    assert "rename or delete it" in capsys.readouterr().err
+    assert (tmp_path / "rows.part").read_text() == "of an earlier run"
 
 
 # Photos that cannot be captioned -----------------------------------------------------------------------------------
@@ -187,7 +196,7 @@ def test_folders_and_files_that_are_not_there(
 
 def test_no_model(tmp_path: Path, photos: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path / "nothing", photos[0]) == 2
-    assert "nothing: no such folder; expected a saved model" in one_line(capsys)
+    assert "nothing: no such model; train one" in one_line(capsys)
     assert run(photos[0].parent, photos[0]) == 2
     assert "photos: not a saved model, it has no config.json" in one_line(capsys)
 
@@ -346,8 +355,13 @@ def test_the_search_can_be_shown(model: Path, photos: list[Path], capsys: pytest
     for word in says(model, photos[0]).split():
         assert word in text
     photos[1].write_text("no photo")
-    assert run(model, photos[1], "--explain") == 2
-    assert "two.jpg: not a photo" in capsys.readouterr().err
+    capsys.readouterr()
+    assert run(model, photos[1], photos[0], "--explain") == 1  # the others are shown all the same
+    captured = capsys.readouterr()
+    assert "two.jpg: not a photo" in captured.err
+    assert "★ the caption" in captured.out
+    assert run(model, photos[0], "--explain", "--output", "tree.txt") == 2
+    assert "leave out --output" in capsys.readouterr().err
 
 
 # Training ----------------------------------------------------------------------------------------------------------

@@ -40,12 +40,16 @@ def test_sizes_of_the_decoder(name: str, value: int) -> None:
     refused(DecoderConfig, f"decoder.{name} is {value}; expected 1 or more", **{name: value})
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0, 1.5, math.nan])
+def test_confidence(value: float) -> None:
+    refused(Statistics, f"is {value}; expected more than 0 and less than 1", confidence=value)
+
+
 @pytest.mark.parametrize("value", [-0.1, 1.0, 1.5, math.nan])
 def test_shares(value: float) -> None:
     text = f"is {value}; expected 0 or more and less than 1"
     refused(DecoderConfig, text, dropout=value)
     refused(OptimisationConfig, text, label_smoothing=value)
-    refused(Statistics, text, confidence=value)
     with pytest.raises(CaptionerError, match=f"val_share {text}"):
         DataConfig(data=Path("data"), val_share=value)
 

@@ -212,16 +212,20 @@ def test_the_square_root_and_unit_length():
 def test_standard_features_have_zero_mean_and_unit_variance():
     model = decoder(feature_norm="standard").train()
     photos = torch.rand(64, 4096, generator=torch.Generator().manual_seed(4)) + 1
-    normalised = model.normalise(photos)
+    normalised = model.normalise(photos, training=True)
     assert torch.allclose(normalised.mean(0), torch.zeros(4096), atol=1e-3)
     assert torch.allclose(normalised.std(0), torch.ones(4096), atol=0.05)
     for _ in range(600):
-        model.normalise(photos)
-    model.eval()
+        model.normalise(photos, training=True)
     assert torch.allclose(model.normalise(photos), normalised, atol=0.05)  # what it learnt is what it uses
     assert torch.equal(model.normalise(photos[:1])[0], model.normalise(photos)[0])
-    alone = model.train().normalise(photos[:1])  # one photo has no variance
-    assert torch.allclose(alone, model.eval().normalise(photos[:1]))
+    alone = model.normalise(photos[:1], training=True)  # one photo has no variance
+    assert torch.allclose(alone, model.normalise(photos[:1]))
+    before = model.standard.mean.clone()
+    model.eval().start(photos)
+    assert torch.equal(model.standard.mean, before)
+    model.train().start(photos.square())
+    assert not torch.equal(model.standard.mean, before)  # the mode of the decoder is what `start` goes by
 
 
 @pytest.mark.parametrize("norm", get_args(FeatureNorm))

@@ -340,6 +340,16 @@ def test_a_download_that_was_damaged_on_the_way_is_not_kept(served):
     assert list(served.iterdir()) == []
 
 
+@pytest.mark.parametrize("error", [http.client.IncompleteRead(b""), http.client.RemoteDisconnected("gone")])
+def test_a_server_that_hangs_up(served, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    with pytest.raises(WeightsError, match=r"cannot be downloaded \(.+\); put that file at"):
+        encoder(file="default")
+
+
 # Golden tensors: the tap, the grid, the preprocessing and the real weights together.
 
 

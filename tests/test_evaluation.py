@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 from helpers import data, isolated, make_data, make_model  # noqa: F401
 
-from captioner import cli, evaluation, metrics
+from captioner import cli, metrics, scoring
 from captioner.annotations import Example, load
 from captioner.config import DecodingOptions, Statistics
 from captioner.errors import CaptionerError
-from captioner.evaluation import Hypotheses, compare, read_results, references_of
+from captioner.run_folder import fingerprint
+from captioner.scoring import Hypotheses, compare, read_results, references_of
 
 COCO = {
     "images": [{"id": number, "file_name": f"{number}.jpg"} for number in (1, 2, 3)],
@@ -74,8 +75,10 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
-    captioner = make_model(options=DecodingOptions(max_words=6, beam_size=2, min_words=2), data="tiny", epoch=2)
+def model(data: Path, tmp_path: Path) -> Path:
+    known = fingerprint(load(data).split("train"))
+    options = DecodingOptions(max_words=6, beam_size=2, min_words=2)
+    captioner = make_model(options=options, data="tiny", epoch=2, train_sha256=known)
     captioner.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
@@ -115,7 +118,7 @@ def test_a_model_is_scored_on_a_split(
     assert one["vocabulary_sha256"] == sha256(model / "tokenizer.json")
     assert len(one["decoder_sha256"]) == 64
     assert one["decoding"] == saved["decoding"]
-    assert one["training"] == {"data": "tiny", "epoch": 2}
+    assert (one["training"]["data"], one["training"]["epoch"]) == ("tiny", 2)
     assert found["references"] == {str(data / "captions.jsonl"): sha256(data / "captions.jsonl")}
     assert found["statistics"] == {"resamples": 50, "confidence": 0.95, "seed": 0}
     assert found["split"] == "val"
@@ -307,9 +310,9 @@ def test_two_files_are_compared(
 
 
 def test_different_photos_are_not_compared(known: Any) -> None:
-    one = evaluation.evaluate(known, Hypotheses(GOOD, {}))
+    one = scoring.evaluate(known, Hypotheses(GOOD, {}))
     less = {image_id: known[image_id] for image_id in (1, 2)}
-    two = evaluation.evaluate(less, Hypotheses({1: "a", 2: "b"}, {}))
+    two = scoring.evaluate(less, Hypotheses({1: "a", 2: "b"}, {}))
     with pytest.raises(CaptionerError, match="3 is in one only"):
         compare((one, two), Statistics(resamples=10))
 
@@ -380,17 +383,22 @@ def test_what_to_score_must_be_clear(
         capsys, tmp_path / "nothing.json", "--references", references
     )
     assert "good.json: " in fails(capsys, good, "--references", good)
-    assert "no such folder" in fails(capsys, "--model", tmp_path / "nothing", "--data", data)
+    assert "no such model" in fails(capsys, "--model", tmp_path / "nothing", "--data", data)
 
 
-@pytest.mark.parametrize("option", ["--output", "--per-image", "--captions", "--save-idf"])
+@pytest.mark.parametrize("option", ["--output", "--per-image", "--save-idf"])
 def test_a_file_that_cannot_be_written(
     references: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
 ) -> None:
     good = results(tmp_path / "good.json", GOOD)
     assert run(good, "--references", references, option, tmp_path / "nothing" / "file") == 2
     captured = capsys.readouterr()
-    assert f"error: {tmp_path / 'nothing' / 'file'}: cannot be written" in captured.err
+    assert f"error: {tmp_path / 'nothing' / 'file'}: its folder does not exist" in captured.err
+    assert not captured.out  # said before anything is computed
+    (tmp_path / "folder").mkdir()
+    assert run(good, "--references", references, option, tmp_path / "folder") == 2
+    captured = capsys.readouterr()
+    assert "folder: cannot be written" in captured.err
     assert "cider" in captured.out  # the scores are not lost
 
 
@@ -436,13 +444,13 @@ def test_statistics_out_of_range(
 
 
 def test_copies_of_training_captions_are_counted(known: Any) -> None:
-    found = evaluation.evaluate(known, Hypotheses(GOOD, {}), training=["A dog on the beach.", "another"])
+    found = scoring.evaluate(known, Hypotheses(GOOD, {}), training=["A dog on the beach.", "another"])
     assert found.diversity.in_training == pytest.approx(1 / 3)
 
 
 def test_a_photo_without_a_caption(known: Any) -> None:
     with pytest.raises(CaptionerError, match="1 images have references but no caption, the first is 3"):
-        evaluation.evaluate(known, Hypotheses({1: "a", 2: "b"}, {}))
+        scoring.evaluate(known, Hypotheses({1: "a", 2: "b"}, {}))
 
 
 @pytest.mark.shared

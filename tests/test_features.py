@@ -279,7 +279,9 @@ def test_no_space_for_the_index(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    with pytest.raises(FeatureStoreError, match=r"file: cannot be used as a feature store \(File exists\)$"):
+    with pytest.raises(
+        FeatureStoreError, match=r"file: cannot be used as a feature store \(File exists\); .* --features DIR$"
+    ):
         FeatureStore(tmp_path / "file", STAMP)
     store = store_of(tmp_path / "store", "a")
 

@@ -287,21 +287,35 @@ def test_what_is_not_there(tmp_path):
 
 
 def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
-    def refuse(path):
+    def refuse(path, mode):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Image, "open", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(ImageError, match=r"a\.jpg: may not be read; change its permissions$"):
         images.load(tmp_path / "a.jpg", 32)
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("size", [(9500, 9500), (20000, 20000), (2**31 - 1, 2**31 - 1)])
+@pytest.mark.parametrize("size", [(14000, 14000), (20000, 20000), (2**31 - 1, 2**31 - 1)])
 def test_decompression_bombs(tmp_path, size):
     path = tmp_path / "bomb.png"
     path.write_bytes(png(*size, 8, 2, bytes(99)))
-    with pytest.raises(ImageError, match=r"bomb\.png: has more than 89 million pixels; make it smaller first$"):
+    with pytest.raises(ImageError, match=r"bomb\.png: has more than 178 million pixels; make it smaller first$"):
         images.load(path, 32)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.bmp"])
+def test_pillow_only_warns_of_photos_that_are_loaded(tmp_path, monkeypatch, name):
+    """As of 108 million pixels, which is what phones make."""
+    path = saved(quarters(64), tmp_path / name)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 // 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images.load(path, 32)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 // 2 - 1)
+    with pytest.raises(ImageError, match="more than 0 million pixels"):
+        images.load(path, 32)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    images.load(path, 32)
 
 
 def test_no_width(tmp_path):
@@ -354,6 +368,7 @@ def test_find(tmp_path):
     files = [
         tmp_path / name for name in ("b.JPG", "a/z.png", "a/b/c.webp", "c.gif", "d.bmp", "e.tif", "f.tiff", "g.jpeg")
     ]
+    touch(tmp_path / "._b.JPG", tmp_path / "a/.hidden.png")
     touch(*files, tmp_path / "notes.txt", tmp_path / "a/clip.mp4", tmp_path / "jpg")
     (tmp_path / "folder.jpg").mkdir()
     assert images.find([tmp_path]) == sorted(files)
@@ -372,6 +387,20 @@ def test_find_says_what_is_missing(tmp_path):
     touch(tmp_path / "texts/readme.txt")
     with pytest.raises(ImageError, match=r"texts: no photo in this folder; expected files ending in \.bmp, \.gif, "):
         images.find([tmp_path / "texts"])
+    with pytest.raises(ImageError, match=r"x: cannot be looked at \(File name too long\); give a photo or a folder of"):
+        images.find([tmp_path / ("x" * 300)])
+
+
+def test_find_in_a_folder_that_may_not_be_entered(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    touch(tmp_path / "a.jpg")
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(
+        ImageError, match=r"a\.jpg: cannot be looked at \(Permission denied\); give a photo or a folder"
+    ):
+        images.find([tmp_path])
 
 
 # Many photos

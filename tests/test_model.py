@@ -150,12 +150,42 @@ def test_weights_that_have_moved(by_reference: tuple[Captioner, Path], photos: l
     model, path = by_reference
     folder, moved = path.parent / "model", path.with_name("moved.safetensors")
     path.rename(moved)
-    with pytest.raises(WeightsError, match=r"cnn.safetensors: no such weight file for tiny; give"):
+    with pytest.raises(WeightsError, match="no such weight file for tiny") as caught:
         Captioner.from_pretrained(folder)
+    assert str(caught.value) == (
+        f"{path}: no such weight file for tiny, which {folder} was trained with; give a file of these weights "
+        f"(SHA-256 {model.encoder.weights_sha256[:12]}) with --encoder.weights FILE"
+    )
+    with pytest.raises(
+        WeightsError, match=r"other.pth: no such weight file for tiny; give a .safetensors or .pth file"
+    ):
+        Captioner.from_pretrained(folder, encoder_weights="other.pth")
     found = Captioner.from_pretrained(folder, encoder_weights=str(moved))
     assert sentences(found, photos) == sentences(model, photos)
     found.save_pretrained(folder)  # and now it knows where they are
     assert sentences(Captioner.from_pretrained(folder), photos) == sentences(model, photos)
+
+
+def test_weights_are_found_from_any_working_directory(
+    by_reference: tuple[Captioner, Path], photos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, path = by_reference
+    (path.parent / "elsewhere").mkdir()
+    monkeypatch.chdir(path.parent)
+    model = make_model(replace(ENCODER, weights=path.name))
+    model.save_pretrained("relative")
+    monkeypatch.chdir("elsewhere")
+    assert sentences(Captioner.from_pretrained("../relative"), photos) == sentences(model, photos)
+
+
+def test_a_model_that_stores_its_encoder_takes_no_other(by_reference: tuple[Captioner, Path], tmp_path: Path) -> None:
+    _, path = by_reference
+    make_model().save_pretrained(tmp_path / "stored")
+    with pytest.raises(CheckpointError) as caught:
+        Captioner.from_pretrained(tmp_path / "stored", encoder_weights=str(path))
+    assert str(caught.value) == (
+        f"{tmp_path / 'stored'}: has the weights of its encoder in itself; leave out those given ({path})"
+    )
 
 
 def test_weights_in_another_format_are_the_same_weights(by_reference: tuple[Captioner, Path]) -> None:
@@ -235,16 +265,27 @@ def test_an_unknown_name_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exc
     with pytest.raises(CheckpointError) as caught:
         Captioner.from_pretrained("no/model")
     assert str(caught.value) == (
-        "no/model: no such folder, and not to be had from the Hugging Face Hub (Cannot find it); "
-        "give the folder of a model with --model"
+        "no/model: no such model here, nor on the Hugging Face Hub (Cannot find it); "
+        "train one (`python train.py shapes`) or give --model DIR"
     )
 
 
-@pytest.mark.parametrize("name", ["nothing", "a/b/c", "../nothing", "/nothing/there", "./nothing"])
-def test_what_is_no_name_on_the_hub_is_not_asked_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["nothing", "a/b/c", "../nothing", "/no/thing", "./no", "runs/coco", "here/model", "x" * 300],
+)
+def test_what_is_no_name_on_the_hub_is_not_asked_for(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the Hub"))
-    with pytest.raises(CheckpointError, match="no such folder; expected a saved model"):
+    with pytest.raises(CheckpointError, match="no such model") as caught:
         Captioner.from_pretrained(name)
+    assert re.fullmatch(
+        rf"{name}: no such model( \(.+\))?; train one \(`python train.py shapes`\) or give --model DIR",
+        str(caught.value),
+    )
 
 
 class Hub:

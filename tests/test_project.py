@@ -14,10 +14,10 @@ PACKAGE = ROOT / "captioner"
 
 #: From the bottom to the top: a module imports from layers below its own, and from its own only as `BESIDE` says.
 LAYERS = [
-    {"errors", "progress", "metrics"},
+    {"errors", "files", "progress", "metrics"},
     {"config", "caption_files"},
     {"vocabulary", "annotations", "images", "weights", "shapes", "tracking"},
-    {"encoder", "decoder", "policies"},
+    {"encoder", "decoder", "policies", "scoring"},
     {"constraints", "prepared", "features", "dataset"},
     {"decoding", "checkpoint"},
     {"explain", "card"},

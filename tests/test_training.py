@@ -22,7 +22,7 @@ import torch
 from helpers import data, isolated, make_config, make_data, make_photo, train_arguments  # noqa: F401
 from safetensors.torch import load_file
 
-from captioner import Captioner, checkpoint, cli, metrics, training
+from captioner import Captioner, checkpoint, cli, files, metrics, training
 from captioner.annotations import load
 from captioner.config import DataConfig, TrainingConfig
 from captioner.errors import CaptionerError, CheckpointError
@@ -412,7 +412,7 @@ def test_a_disk_that_fills_while_saving(
     arguments = train_arguments(data, tmp_path / "run", "--optimisation.epochs", "3")
     with monkeypatch.context() as patch:
         scores_in_order(patch, 0.1, 0.2, 0.3)
-        save, write_text = checkpoint.write, checkpoint.write_text
+        save, write_text = checkpoint.write, files.write
 
         def fail_to_save(folder: Path, saved: checkpoint.Checkpoint, card: str) -> None:
             if saved.training["epoch"] == 2 and fails in folder.name:
@@ -425,7 +425,7 @@ def test_a_disk_that_fills_while_saving(
             write_text(path, text)
 
         patch.setattr(checkpoint, "write", fail_to_save)
-        patch.setattr(checkpoint, "write_text", fail_to_write)
+        patch.setattr(files, "write", fail_to_write)
         assert cli.train(arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
