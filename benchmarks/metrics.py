@@ -92,11 +92,11 @@ def measure(side: str, file: str) -> dict[str, Any]:
     return {"seconds": seconds, "peak_mib": peak / 1024, "scores": {name: float(scores[name]) for name in scores}}
 
 
-def reward() -> dict[str, float]:
+def reward(captions_file: Path) -> dict[str, float]:
     """Hypotheses per second of CIDEr-D with prepared references, beside pycocoevalcap's Cider on the same."""
     from captioner import metrics
 
-    references, hypotheses = corpus(COCO)
+    references, hypotheses = corpus(captions_file)
     tokens = {image: [metrics.tokenize(text) for text in texts] for image, texts in references.items()}
     captions = {image: metrics.tokenize(text) for image, text in hypotheses.items()}
     images, batch, rates = list(tokens), 500, {}
@@ -157,7 +157,7 @@ def main() -> None:
         print(json.dumps(measure(*options.side)))
         return
     if options.reward:
-        print(json.dumps(reward()))
+        print(json.dumps(reward(options.captions)))
         return
 
     sides = ["ours", "peer"]
@@ -180,11 +180,11 @@ def main() -> None:
     for side in sides:
         report[side] = round(statistics.median(result["seconds"] for result in results[side]), 3)
         report[f"{side}_peak_mib"] = round(statistics.median(result["peak_mib"] for result in results[side]), 1)
-    rates = child("--reward")
+    rates = child("--reward", "--captions", str(options.captions))
     report["reward_hypotheses_per_second"] = {side: round(rate) for side, rate in rates.items()}
     if "peer" in sides:
         pairs = zip(results["ours"], results["peer"], strict=True)
-        report["ratio"] = round(statistics.median(b["seconds"] / a["seconds"] for a, b in pairs), 2)
+        report["ratios"] = {"to_peer": round(statistics.median(b["seconds"] / a["seconds"] for a, b in pairs), 2)}
         ours_scores, peer_scores = results["ours"][0]["scores"], results["peer"][0]["scores"]
         report["largest_difference"] = max(abs(ours_scores[name] - peer_scores[name]) for name in peer_scores)
     print(json.dumps(report | {"machine": machine(), "versions": versions()}))
