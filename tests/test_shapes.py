@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
+from captioner import cli
 from captioner.annotations import load
 from captioner.errors import AnnotationError
 from captioner.shapes import COLOURS, INVERSE, SHAPES, Scene, Thing, draw, generate, scenes
@@ -214,3 +215,19 @@ def test_pictures_are_small_files() -> None:
     file = io.BytesIO()
     draw(scene, size=64, seed="0").save(file, "PNG")
     assert len(file.getvalue()) < 12_000
+
+
+@pytest.mark.slow
+def test_the_preset_learns_to_describe_what_it_has_never_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`python train.py shapes` for half of its epochs: from nothing, offline, to new combinations."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert cli.train(["shapes", "--tracking", "none", "--optimisation.epochs", "5"]) == 0
+    history = json.loads((tmp_path / "runs/shapes/last/training.json").read_text())
+    assert history["best_cider"] >= 3
+    assert cli.caption([str(tmp_path / "data/shapes/images/shapes-003000.png"), "--model", "runs/shapes"]) == 0
+    sentence = capsys.readouterr().out.splitlines()[-1].split()
+    assert set(sentence) & set(COLOURS)
+    assert set(sentence) & set(SHAPES)
