@@ -87,6 +87,7 @@ def train(config: TrainingConfig) -> History:
     except ValueError as error:  # not of this device, or not the one that this process has trained with before
         raise CaptionerError(f"--precision {config.precision} cannot be used: {error}") from None
     settings = run_folder.claim(config, write=accelerator.is_main_process)
+    log.info("settings: %s", json.dumps(settings))
     return Trainer(config, prepare(config, accelerator), accelerator).run(settings)
 
 

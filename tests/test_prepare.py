@@ -335,7 +335,7 @@ def test_an_archive_with_all_in_one_folder(command: Command, server: Server) -> 
 
 
 DRIVER = """
-import importlib.util, resource, sys
+import importlib.util, resource, signal, sys
 from dataclasses import replace
 spec = importlib.util.spec_from_file_location("prepare", {script!r})
 prepare = sys.modules["prepare"] = importlib.util.module_from_spec(spec)
@@ -345,6 +345,7 @@ text, photos = prepare.DATA_SETS["flickr8k"].archives
 photos = replace(photos, contents=(("Flicker8k_Dataset/*.jpg", 6),))
 counts = {{"train": 4, "val": 1, "test": 1}}
 prepare.DATA_SETS["flickr8k"] = replace(prepare.DATA_SETS["flickr8k"], archives=(text, photos), photos=counts)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 if {limit}:
     resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 sys.exit(prepare.main(["flickr8k", "--folder", {folder!r}, "--mirror", {url!r}]))

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from captioner import cli
@@ -219,11 +220,16 @@ def test_pictures_are_small_files() -> None:
 
 @pytest.mark.slow
 def test_the_preset_learns_to_describe_what_it_has_never_seen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
     """`python train.py shapes` for half of its epochs: from nothing, offline, to new combinations."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    request.addfinalizer(AcceleratorState._reset_state)  # a process keeps to one precision; other tests have theirs
+    AcceleratorState._reset_state()
     assert cli.train(["shapes", "--tracking", "none", "--optimisation.epochs", "5"]) == 0
     history = json.loads((tmp_path / "runs/shapes/last/training.json").read_text())
     assert history["best_cider"] >= 3
