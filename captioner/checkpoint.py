@@ -31,7 +31,7 @@ from captioner.vocabulary import Vocabulary
 
 WEIGHTS, CONFIG, TOKENIZER, CARD = "model.safetensors", "config.json", "tokenizer.json", "README.md"
 _FORMAT = 1
-_ENCODER, _DECODER = "encoder.", "decoder."
+_ENCODER, _DECODER = "encoder.", "decoder."  # what the names of tensors begin with
 _FULL = (errno.ENOSPC, errno.EDQUOT)  # no space on the disk, or none left to this user
 _TYPES = {str: "a text", bool: "true or false", int: "a whole number", float: "a number", tuple: "a list of texts"}
 _Settings = TypeVar("_Settings", EncoderConfig, DecoderConfig, DecodingOptions)
@@ -51,16 +51,18 @@ class Checkpoint:
     training: Mapping[str, Any]  # what made it: data, options, seed, scores
 
 
-def write(folder: Path, checkpoint: Checkpoint, card: str) -> None:
+def write(folder: Path, checkpoint: Checkpoint, card: str, *, packed: bool = False) -> None:
     """Write the files of a model into a folder.
 
     Args:
         folder: exists; best the one that `replacing` yields.
         checkpoint: what to save.
         card: the text of README.md.
+        packed: write the weights in 8 bits, see `weights.pack`.
     """
     state = {_DECODER + name: tensor for name, tensor in checkpoint.decoder_state.items()}
     state |= {_ENCODER + name: tensor for name, tensor in (checkpoint.encoder_state or {}).items()}
+    state = weights.pack(state) if packed else state
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
     checkpoint.vocabulary.save(folder / TOKENIZER)
     (folder / CARD).write_text(card, encoding="utf-8")
@@ -125,7 +127,7 @@ def _read(folder: Path) -> Checkpoint:
         raise CheckpointError(
             f"{folder / TOKENIZER}: has {len(vocabulary)} words, the model was trained with {size}; fetch it again"
         )
-    state = weights.read(folder / WEIGHTS)
+    state = weights.unpack(weights.read(folder / WEIGHTS))
     return Checkpoint(
         encoder=encoder_config,
         encoder_sha256=encoder_sha256,

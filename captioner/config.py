@@ -17,7 +17,17 @@ from captioner.errors import CaptionerError
 FEATURE_SIZE = 4096
 
 EncoderName = Literal[
-    "vgg16", "vgg16_bn", "vgg19", "alexnet", "resnet50", "resnet101", "resnet152", "squeezenet1_1", "googlenet", "tiny"
+    "vgg16",
+    "vgg16_bn",
+    "vgg19",
+    "alexnet",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "squeezenet1_1",
+    "googlenet",
+    "tiny",
+    "mini",
 ]
 CellName = Literal["lstm", "gru", "rnn", "irnn"]
 FeatureNorm = Literal["standard", "sqrt", "none"]
@@ -31,7 +41,7 @@ Tracking = Literal["wandb", "none"]
 class EncoderConfig:
     """The CNN that looks."""
 
-    name: EncoderName = "vgg16"  # network of torchvision; "tiny" is a small one to train from nothing
+    name: EncoderName = "vgg16"  # network of torchvision; "mini" and "tiny" are this project's own
     weights: str = "default"  # "default" (torchvision's, downloaded once), a .safetensors or .pth file, or "random"
     image_size: int = 224  # photos are resized to this height and width, in pixels
 
@@ -152,6 +162,7 @@ class OptimisationConfig:
     batch_size: int = 128  # captions a step and process
     learning_rate: float = 5e-4  # Adam's, after the warm-up
     encoder_learning_rate: float = 0.0  # the same for the CNN; 0 freezes it, and its features are computed only once
+    mirror: bool = False  # show the CNN half of the photos mirrored while it learns
     warmup_steps: int = 200  # the learning rate rises linearly over these steps, then falls along a cosine to 1 % of it
     gradient_clip: float = 5.0  # largest norm of the gradient
     label_smoothing: float = 0.0  # share of the target probability that is spread over all words
@@ -166,6 +177,10 @@ class OptimisationConfig:
         for name in ("encoder_learning_rate", "warmup_steps"):
             _at_least(f"optimisation.{name}", getattr(self, name), 0)
         _share("optimisation.label_smoothing", self.label_smoothing)
+        if self.mirror and not self.encoder_learning_rate:
+            raise CaptionerError(
+                "optimisation.mirror needs a CNN that learns; give optimisation.encoder_learning_rate, or leave it out"
+            )
 
 
 @dataclass(frozen=True)
@@ -197,6 +212,36 @@ class TrainingConfig:
             raise CaptionerError(f"seed is {self.seed}; expected 0 to {2**32 - 1}")
         _choice("precision", self.precision, Precision)
         _choice("tracking", self.tracking, Tracking)
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """Train a CNN of this project to see what a teacher sees."""
+
+    data: Path  # a data set, as for training; its training photos are learned from, its captions are not read
+    teacher: Path  # a network for photos in LiteRT's format (.tflite)
+    output: Path  # folder of the run; the same command goes on with the run that it holds
+    photos: tuple[Path, ...] = ()  # more photos, or folders of photos
+    views: int = 5  # of each photo: the whole, and random parts
+    view_size: int = 144  # height and width that views are kept at, in pixels
+    sizes: tuple[int, ...] = (64, 96, 96, 96, 128)  # height and width that the student sees, each for as many epochs
+    epochs: int = 50  # passes over all photos, one view of each
+    batch_size: int = 64
+    learning_rate: float = 2e-3  # AdamW's, after the warm-up
+    warmup_steps: int = 300  # the learning rate rises linearly over these steps, then falls along a cosine to 0
+    weight_decay: float = 0.05  # of the weights of convolutions
+    seed: int = 0  # decides views, initial weights, order and augmentation
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("views", "epochs", "batch_size"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("view_size", self.view_size, 32)
+        for name in ("warmup_steps", "weight_decay"):
+            _at_least(name, getattr(self, name), 0)
+        _positive("learning_rate", self.learning_rate)
+        if not self.sizes or not all(32 <= size <= self.view_size for size in self.sizes):
+            raise CaptionerError(f"sizes are {self.sizes}; expected numbers from 32 to view_size, {self.view_size}")
 
 
 @dataclass(frozen=True)
@@ -246,6 +291,18 @@ PRESETS: dict[str, tuple[str, TrainingConfig]] = {
             data=DataConfig(data=Path("data/flickr8k")),
             output=Path("runs/flickr8k"),
             optimisation=OptimisationConfig(epochs=10, learning_rate=1e-3, label_smoothing=0.1),
+        ),
+    ),
+    "mini": (
+        "the model in the box: its CNN, once distilled, learns on with the captions of Flickr8k",
+        TrainingConfig(
+            data=DataConfig(data=Path("data/flickr8k")),
+            output=Path("runs/mini"),
+            encoder=EncoderConfig(name="mini", weights="runs/distil/encoder.safetensors", image_size=144),
+            decoder=DecoderConfig(embedding_size=256),
+            optimisation=OptimisationConfig(
+                epochs=10, learning_rate=1e-3, encoder_learning_rate=2e-4, mirror=True, label_smoothing=0.1
+            ),
         ),
     ),
     "shapes": (

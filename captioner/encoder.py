@@ -1,6 +1,6 @@
 """Pretrained CNN -> 4096 numbers.
 
-The networks are torchvision's, and one small one to train from nothing, cut at a named layer. Those with a native
+The networks are torchvision's, and two of this project, cut at a named layer. Those with a native
 4096-wide layer are tapped there, after its ReLU; of the fully convolutional ones the last map is averaged onto a grid
 with `channels x rows x columns = 4096`, so that all of them feed the same decoder.
 """
@@ -10,8 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
-from collections import OrderedDict
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from captioner import weights
+from captioner import networks, weights
 from captioner.config import FEATURE_SIZE, EncoderConfig, EncoderName
 from captioner.errors import CaptionerError, WeightsError
 
@@ -50,7 +49,11 @@ _TAPS: dict[EncoderName, _Tap] = {
     "squeezenet1_1": _Tap("features", grid=(2, 4)),  # 512 channels
     "googlenet": _Tap("inception5b", grid=(2, 2)),  # 1024 channels
     "tiny": _Tap("features", grid=(8, 8)),  # 64 channels
+    "mini": _Tap("features", grid=(2, 2)),  # 1024 channels
 }
+
+#: The networks that are not torchvision's.
+OWN: dict[EncoderName, Callable[[], nn.Module]] = {"tiny": networks.tiny, "mini": networks.mini}
 
 # Mean and standard deviation of ImageNet's RGB values, 0 to 255, that all of torchvision's weights were trained with.
 _MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
@@ -121,25 +124,23 @@ class Encoder(nn.Module):
         Returns:
             One row of 4096 non-negative numbers a photo.
         """
-        with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
-            pixels = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-            tapped: Tensor = self.body(pixels)["tap"]
-            # (batch, channels, rows, columns) or (batch, 4096) -> (batch, 4096)
-            features: Tensor = self.pool(tapped).flatten(1)
+        features: Tensor = self.pool(self.map(images)).flatten(1)  # (batch, channels, rows, columns) -> (batch, 4096)
         assert features.shape[1] == FEATURE_SIZE
         return features
 
+    def map(self, images: UInt8[Tensor, "batch 3 height width"] | Float[Tensor, "batch 3 height width"]) -> Tensor:
+        """What the tapped layer yields, before it is averaged onto a grid.
 
-def _tiny() -> nn.Module:
-    """A net that learns from nothing in minutes: three halvings of a small picture, no pretrained weights anywhere."""
+        Args:
+            images: RGB, 0 to 255.
 
-    def block(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
-        convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
-
-    widths = ((3, 16, 1), (16, 32, 2), (32, 64, 2), (64, 64, 1), (64, 64, 2))
-    layers = [layer for width in widths for layer in block(*width)]
-    return nn.Sequential(OrderedDict(features=nn.Sequential(*layers)))
+        Returns:
+            `(batch, channels, rows, columns)`, or `(batch, 4096)` of a network with a layer of that width.
+        """
+        with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
+            pixels = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+            tapped: Tensor = self.body(pixels)["tap"]
+        return tapped
 
 
 def _network(name: EncoderName, *, initialised: bool) -> nn.Module:
@@ -150,7 +151,10 @@ def _network(name: EncoderName, *, initialised: bool) -> nn.Module:
         torch.manual_seed(0)  # "random" means the same weights every time
         # Without its initial weights, which take VGG seconds, where others replace them all.
         with torch.device("cpu" if initialised else "meta"):
-            network: nn.Module = _tiny() if name == "tiny" else models.get_model(name, weights=None, **options)
+            if name in OWN:
+                network: nn.Module = OWN[name]()
+            else:
+                network = models.get_model(name, weights=None, **options)
     return network if initialised else network.to_empty(device="cpu")
 
 
@@ -165,12 +169,17 @@ def is_file(path: Path) -> bool:
 def _read(config: EncoderConfig) -> Mapping[str, Tensor]:
     if config.weights == "default" and config.name == "tiny":
         raise WeightsError("tiny has no pretrained weights; give a file, or train it: --encoder.weights random")
+    if config.weights == "default" and config.name == "mini":
+        return weights.below(
+            "encoder.", weights.unpack(weights.read(weights.PRETRAINED / "mini" / "model.safetensors"))
+        )
     if config.weights == "default":
         return _download(config.name)
     path = Path(config.weights)
     if not is_file(path):
         raise WeightsError(
-            f"{path}: no such weight file for {config.name}; give a .safetensors or .pth file, or 'default'"
+            f"{path}: no such weight file for {config.name}; give a .safetensors or .pth file, or 'default'; "
+            "--encoder.name mini needs none"
         )
     return weights.read(path)
 
@@ -188,7 +197,8 @@ def _download(name: EncoderName) -> Mapping[str, Tensor]:
             reason = getattr(error, "reason", error)
             raise WeightsError(
                 f"no weights for {name}: {url} cannot be downloaded ({reason}); "
-                f"put that file at {cached}, or pass --encoder.weights FILE"
+                f"put that file at {cached}, pass --encoder.weights FILE, or use the CNN in the box: "
+                "--encoder.name mini"
             ) from None
     return weights.read(cached)
 

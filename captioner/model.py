@@ -19,7 +19,7 @@ from captioner.card import model_card
 from captioner.config import DecodingOptions
 from captioner.decoder import Decoder
 from captioner.decoding import decode
-from captioner.encoder import Encoder, is_file
+from captioner.encoder import OWN, Encoder, is_file
 from captioner.errors import CheckpointError, WeightsError
 from captioner.explain import Explanation, explain
 from captioner.prepared import PreparedDecoder
@@ -27,7 +27,8 @@ from captioner.vocabulary import Vocabulary
 
 Photo = Path | str | Image.Image
 
-_REMEDY = "train one (`python train.py shapes`) or give --model DIR"
+_REMEDY = "use the one in the box (--model mini), give --model DIR, or train one: python train.py shapes"
+
 _NO_FILE = ("default", "random")  # what `EncoderConfig.weights` may be besides a path
 
 
@@ -74,19 +75,20 @@ class Captioner:
         self.options = options or DecodingOptions()
         self.training = dict(training or {})
         self._prepared: dict[str, PreparedDecoder] = {}  # by precision
-        # Weights that were trained here, or are random, can be had nowhere else; others are named, and known again by
-        # their hash.
-        self.stores_encoder = encoder.trainable or encoder.config.weights == "random"
+        # Weights that were trained here, are random or came with this version of the package may be had nowhere else;
+        # others are named, and known again by their hash.
+        own = encoder.config.weights == "default" and encoder.config.name in OWN
+        self.stores_encoder = encoder.trainable or encoder.config.weights == "random" or own
 
     @classmethod
     def from_pretrained(
-        cls, model: str | Path, *, encoder_weights: str | None = None, device: str | torch.device | None = None
+        cls, model: str | Path = "mini", *, encoder_weights: str | None = None, device: str | torch.device | None = None
     ) -> Captioner:
         """Load a saved model.
 
         Args:
-            model: its folder, the folder of a training run (its best checkpoint is taken), or `owner/name` on the
-                Hugging Face Hub.
+            model: its folder, the folder of a training run (its best checkpoint is taken), `owner/name` on the
+                Hugging Face Hub, or "mini", which comes with this package.
             encoder_weights: where the weights of the CNN are, if not where the model says.
             device: where to compute; by default a GPU if there is one.
 
@@ -108,7 +110,8 @@ class Captioner:
         elif not stored and config.weights not in _NO_FILE and not is_file(Path(config.weights)):
             raise WeightsError(
                 f"{config.weights}: no such weight file for {config.name}, which {folder} was trained with; give a "
-                f"file of these weights (SHA-256 {saved.encoder_sha256[:12]}) with --encoder.weights FILE"
+                f"file of these weights (SHA-256 {saved.encoder_sha256[:12]}) with --encoder.weights FILE, or use the "
+                "model in the box: --model mini"
             )
         try:
             encoder = Encoder(config, saved.encoder_state)
@@ -129,8 +132,12 @@ class Captioner:
         captioner.stores_encoder = stored  # fine-tuned weights stay with their model
         return captioner.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, packed: bool = False) -> None:
         """Save the model as a folder; a model that is there already is replaced as a whole.
+
+        Args:
+            folder: of the model.
+            packed: write all weights, those of the CNN too, in 8 bits: a quarter of the size.
 
         Raises:
             CheckpointError: it cannot be written, or the folder holds anything but a model; it stays as it was.
@@ -139,12 +146,14 @@ class Captioner:
         if foreign := checkpoint.foreign(folder):
             raise CheckpointError(f"{folder}: holds what is not of a model ({foreign}); choose another folder")
         with checkpoint.replacing(folder) as new:
-            self.write(new)
+            self.write(new, packed=packed)
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, *, packed: bool = False) -> None:
         """Write the model's files into a folder that exists."""
         state = self.encoder.body.state_dict()
-        stored = self.stores_encoder
+        if packed:  # what is identified is what will be read
+            state = weights.unpack(weights.pack(state))
+        stored = self.stores_encoder or packed
         config = self.encoder.config
         if not stored and config.weights not in _NO_FILE:  # the model is to load from any working directory
             config = dataclasses.replace(config, weights=str(Path(config.weights).absolute()))
@@ -158,7 +167,7 @@ class Captioner:
             encoder_state=state if stored else None,
             training=self.training,
         )
-        checkpoint.write(folder, saved, model_card(saved))
+        checkpoint.write(folder, saved, model_card(saved), packed=packed)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload the model to the Hugging Face Hub, and return its address.
@@ -260,11 +269,13 @@ class Captioner:
 
 
 def find(model: str | Path) -> Path:
-    """The folder of a saved model: itself, the best of a training run, or a download from the Hub.
+    """The folder of a saved model: of one in the box, itself, the best of a training run, or a download from the Hub.
 
     Raises:
         CheckpointError: there is none.
     """
+    if model == "mini":  # a folder of that name is "./mini"
+        return weights.PRETRAINED / model
     folder = Path(model)
     try:
         there, on_hub = checkpoint.recover(folder), _is_hub_name(str(model))

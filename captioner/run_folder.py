@@ -13,17 +13,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.optim import Optimizer
 
 from captioner import checkpoint, files, weights
 from captioner.annotations import Example
-from captioner.config import TrainingConfig
+from captioner.config import DistillationConfig, TrainingConfig
 from captioner.errors import CaptionerError, CheckpointError
 
 # Settings that may differ between two starts of one run: where things lie (what they hold is compared by its content),
 # and what is reported where.
 _FREE = {"output", "tracking", "project", "data.data", "data.images", "data.features", "encoder.weights"}
+_FREE |= {"data", "photos", "teacher"}  # of a distillation
 _STATE, _HISTORY = "training_state.safetensors", "training.json"
 
 
@@ -40,7 +43,7 @@ class History:
     epochs: list[dict[str, float]] = field(default_factory=list)  # losses and scores of each
 
 
-def claim(config: TrainingConfig, *, write: bool) -> dict[str, Any]:
+def claim(config: TrainingConfig | DistillationConfig, *, write: bool) -> dict[str, Any]:
     """Take the output folder for this run; a run with other settings that has a checkpoint there is not touched.
 
     Args:
@@ -58,8 +61,8 @@ def claim(config: TrainingConfig, *, write: bool) -> dict[str, Any]:
             before = dict(json.loads(path.read_text(encoding="utf-8")))
         except ValueError as error:
             raise CheckpointError(f"{path}: damaged, not JSON ({error}); choose another --output") from None
-        if "optimisation" not in before:
-            raise CheckpointError(f"{path}: is not of a training run; choose another --output")
+        if before.keys() != settings.keys():
+            raise CheckpointError(f"{path}: is not of a run of this kind; choose another --output")
         different = [
             f"{key} was {old!r}, now {new!r}"
             for key, (old, new) in _differences(before, settings).items()
@@ -81,21 +84,26 @@ def claim(config: TrainingConfig, *, write: bool) -> dict[str, Any]:
     return settings
 
 
-def save_state(folder: Path, history: History, moments: Mapping[str, Tensor]) -> None:
+def save_state(folder: Path, history: History, optimiser: Optimizer) -> None:
     """Write what is needed to go on beside a checkpoint.
 
     Args:
         folder: of the checkpoint; best the one that `checkpoint.replacing` yields.
         history: how far the run has come.
-        moments: of the optimiser, by name.
+        optimiser: its moments are saved.
     """
-    save_file(dict(moments), folder / _STATE)
+    moments = {
+        f"{index}.{name}": tensor.detach().cpu().contiguous()
+        for index, values in optimiser.state_dict()["state"].items()
+        for name, tensor in values.items()
+    }
+    save_file(moments, folder / _STATE)
     saved = {**dataclasses.asdict(history), "sha256": files.sha256(folder / _STATE)}
     files.write(folder / _HISTORY, json.dumps(saved, indent=2) + "\n")
 
 
-def load_state(folder: Path) -> tuple[History, dict[str, Tensor]]:
-    """Read what `save_state` wrote.
+def load_state(folder: Path, optimiser: Optimizer) -> History:
+    """Read what `save_state` wrote, and fill an optimiser of the same network.
 
     Raises:
         CheckpointError: a file is missing, damaged or altered.
@@ -104,12 +112,25 @@ def load_state(folder: Path) -> tuple[History, dict[str, Tensor]]:
         saved = json.loads((folder / _HISTORY).read_text(encoding="utf-8"))
         if saved.pop("sha256") != files.sha256(folder / _STATE):
             raise CheckpointError(f"{_STATE} is altered")
-        return History(**saved), weights.read(folder / _STATE)
+        history, tensors = History(**saved), weights.read(folder / _STATE)
     except (OSError, KeyError, AttributeError, ValueError, TypeError, CaptionerError) as error:
         raise CheckpointError(
             f"{folder}: the state of the training cannot be read ({error}); "
             f"{folder.with_name('best')} can still caption: choose another --output to train anew"
         ) from None
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, kind = name.split(".", 1)
+        moments.setdefault(int(index), {})[kind] = tensor
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
+    # Fused Adam pairs weights and moments by their place in memory, where those of a CNN are channels last.
+    for parameter, values in optimiser.state.items():
+        values |= {
+            name: torch.empty_like(parameter, requires_grad=False).copy_(tensor)
+            for name, tensor in values.items()
+            if tensor.shape == parameter.shape
+        }
+    return history
 
 
 def fingerprint(examples: Sequence[Example]) -> str:

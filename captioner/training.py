@@ -7,6 +7,7 @@ started again gives the same numbers as one that was not, without saving any gen
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -195,6 +196,8 @@ class Trainer:
         ) as progress:
             for batch in batches:
                 batch = batch.to(accelerator.device)
+                if options.mirror:
+                    batch = _mirrored(batch)
                 share = self._schedule(history.step)
                 for group, rate in zip(self.optimiser.param_groups, self._rates, strict=True):
                     group["lr"] = rate * share
@@ -328,15 +331,7 @@ class Trainer:
                 ) from None
         with checkpoint.replacing(output / "last") as folder:
             self.captioner.write(folder)
-            run_folder.save_state(folder, history, self._moments())
-
-    def _moments(self) -> dict[str, Tensor]:
-        """The optimiser's moments: number of the parameter and name -> tensor."""
-        return {
-            f"{index}.{name}": tensor.detach().cpu().contiguous()
-            for index, values in self.optimiser.state_dict()["state"].items()
-            for name, tensor in values.items()
-        }
+            run_folder.save_state(folder, history, self.optimiser)
 
     def _resume(self) -> None:
         """Go on from the last checkpoint, where there is one."""
@@ -364,20 +359,14 @@ class Trainer:
         checkpoint.fill(self.captioner.decoder, saved.decoder_state, str(last))
         if self.data.encoder.trainable:
             checkpoint.fill(self.data.encoder.body, saved.encoder_state or {}, str(last))
-        self.history, saved_moments = run_folder.load_state(last)
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in saved_moments.items():
-            index, kind = name.split(".", 1)
-            moments.setdefault(int(index), {})[kind] = tensor
-        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": moments})
-        # Fused Adam pairs weights and moments by their place in memory, where those of a CNN are channels last.
-        for parameter, values in self.optimiser.state.items():
-            values |= {
-                name: torch.empty_like(parameter, requires_grad=False).copy_(tensor)
-                for name, tensor in values.items()
-                if tensor.shape == parameter.shape
-            }
+        self.history = run_folder.load_state(last, self.optimiser)
         log.info("%s: going on after epoch %d", last, self.history.epoch)
+
+
+def _mirrored(batch: Batch) -> Batch:
+    """A batch of whose photos about half, at random, are mirrored."""
+    chosen = torch.rand(len(batch.photos), 1, 1, 1, device=batch.photos.device) < 0.5
+    return dataclasses.replace(batch, photos=torch.where(chosen, batch.photos.flip(3), batch.photos))
 
 
 def _mixed_precision(config: TrainingConfig) -> str | None:

@@ -20,7 +20,7 @@ from torchvision.transforms.functional import normalize
 from captioner import encoder as module
 from captioner import images, weights
 from captioner.config import EncoderConfig, EncoderName
-from captioner.encoder import Encoder
+from captioner.encoder import OWN, Encoder
 from captioner.errors import CaptionerError, WeightsError
 
 LARGE = {"vgg16", "vgg16_bn", "vgg19", "alexnet", "resnet101", "resnet152"}
@@ -84,14 +84,14 @@ def test_every_network_yields_4096_numbers(name):
     assert (features >= 0).all()
     assert (features > 0).any()
     assert network(photos(0)).shape == (0, 4096)
-    if name != "tiny":
+    if name not in OWN:
         expected = by_hand(name, network.body.state_dict(), photos())
         assert torch.allclose(features, expected, rtol=1e-3, atol=expected.max().item() * 1e-5)
 
 
 @pytest.mark.parametrize("size", [32, 64, 100, 224])
 def test_the_grid_does_not_depend_on_the_size_of_photos(size):
-    for name in ("squeezenet1_1", "googlenet", "tiny"):
+    for name in ("squeezenet1_1", "googlenet", "tiny", "mini"):
         assert encoder(name)(photos(1, size)).shape == (1, 4096)
 
 
@@ -100,7 +100,7 @@ def test_a_photo_too_small_for_the_network():
         encoder("alexnet", size=62)
 
 
-@pytest.mark.parametrize("name", ["squeezenet1_1", "googlenet", "tiny"])
+@pytest.mark.parametrize("name", ["squeezenet1_1", "googlenet", "tiny", "mini"])
 def test_random_weights_are_the_same_every_time(name, caplog):
     torch.manual_seed(1)
     first = encoder(name)
@@ -229,7 +229,7 @@ def test_weights_of_another_network(tmp_path, torchvision_state):
 
 def test_files_that_hold_no_weights(tmp_path):
     with pytest.raises(
-        WeightsError, match=r"none\.pth: no such weight file for squeezenet1_1; give a \.safetensors or"
+        WeightsError, match=r"none\.pth: no such weight file for squeezenet1_1; give a .*--encoder\.name mini needs none$"
     ):
         encoder(file=tmp_path / "none.pth")
     (tmp_path / "a.safetensors").write_bytes(b"hello")

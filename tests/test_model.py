@@ -154,7 +154,8 @@ def test_weights_that_have_moved(by_reference: tuple[Captioner, Path], photos: l
         Captioner.from_pretrained(folder)
     assert str(caught.value) == (
         f"{path}: no such weight file for tiny, which {folder} was trained with; give a file of these weights "
-        f"(SHA-256 {model.encoder.weights_sha256[:12]}) with --encoder.weights FILE"
+        f"(SHA-256 {model.encoder.weights_sha256[:12]}) with --encoder.weights FILE, or use the model in the box: "
+        "--model mini"
     )
     with pytest.raises(
         WeightsError, match=r"other.pth: no such weight file for tiny; give a .safetensors or .pth file"
@@ -202,6 +203,26 @@ def test_other_weights_are_refused(by_reference: tuple[Captioner, Path]) -> None
         Captioner.from_pretrained(path.parent / "model")
     with pytest.raises(CheckpointError, match=r"was trained with other tiny weights than those of 'random'"):
         Captioner.from_pretrained(path.parent / "model", encoder_weights="random")
+
+
+def test_packed_models_are_a_quarter_of_the_size(
+    by_reference: tuple[Captioner, Path], tmp_path: Path, photos: list[Path]
+) -> None:
+    model, path = by_reference
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "packed", packed=True)
+    path.unlink()  # a packed model has its encoder in itself
+    found = Captioner.from_pretrained(tmp_path / "packed")
+    state = model.encoder.body.state_dict() | model.decoder.state_dict()
+    numbers = sum(tensor.numel() for tensor in state.values() if tensor.ndim > 1)
+    others = sum(tensor.numel() for tensor in state.values() if tensor.ndim < 2)
+    rows = sum(len(tensor) for tensor in state.values() if tensor.ndim > 1)
+    size = (tmp_path / "packed" / WEIGHTS).stat().st_size
+    assert size < numbers + 4 * (rows + others) + 8000  # and the names
+    assert sentences(found, photos) == sentences(model, photos)
+    assert found.encoder.weights_sha256 != model.encoder.weights_sha256  # rounded weights are others
+    found.save_pretrained(tmp_path / "again", packed=True)
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "packed" / WEIGHTS).read_bytes()
 
 
 # Runs and the Hub --------------------------------------------------------------------------------------------------
@@ -266,7 +287,7 @@ def test_an_unknown_name_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exc
         Captioner.from_pretrained("no/model")
     assert str(caught.value) == (
         "no/model: no such model here, nor on the Hugging Face Hub (Cannot find it); "
-        "train one (`python train.py shapes`) or give --model DIR"
+        "use the one in the box (--model mini), give --model DIR, or train one: python train.py shapes"
     )
 
 
@@ -283,7 +304,7 @@ def test_what_is_no_name_on_the_hub_is_not_asked_for(
     with pytest.raises(CheckpointError, match="no such model") as caught:
         Captioner.from_pretrained(name)
     assert re.fullmatch(
-        rf"{name}: no such model( \(.+\))?; train one \(`python train.py shapes`\) or give --model DIR",
+        rf"{name}: no such model( \(.+\))?; use the one in the box \(--model mini\), .* train one: python train.py shapes",
         str(caught.value),
     )
 

@@ -16,15 +16,15 @@ PACKAGE = ROOT / "captioner"
 LAYERS = [
     {"errors", "files", "progress", "metrics"},
     {"config", "caption_files"},
-    {"vocabulary", "annotations", "images", "weights", "shapes", "tracking"},
-    {"encoder", "decoder", "policies", "scoring"},
+    {"vocabulary", "annotations", "images", "weights", "shapes", "tracking", "networks"},
+    {"encoder", "decoder", "policies", "scoring", "teacher"},
     {"constraints", "prepared", "features", "dataset"},
     {"decoding", "checkpoint"},
     {"explain", "card"},
     {"model"},
     {"preparation", "evaluation", "bulk", "reports"},
     {"run_folder"},
-    {"training"},
+    {"training", "distillation"},
     {"cli"},
 ]
 

@@ -22,7 +22,7 @@ import torch
 from helpers import data, isolated, make_config, make_data, make_photo, train_arguments  # noqa: F401
 from safetensors.torch import load_file
 
-from captioner import Captioner, checkpoint, cli, files, metrics, training
+from captioner import Captioner, checkpoint, cli, files, metrics, run_folder, training
 from captioner.annotations import load
 from captioner.config import DataConfig, TrainingConfig
 from captioner.errors import CaptionerError, CheckpointError
@@ -227,10 +227,10 @@ def test_stopped_while_saving(data: Path, tmp_path: Path, monkeypatch: pytest.Mo
     train(whole)
     with monkeypatch.context() as patch:
 
-        def stop(_: Trainer) -> None:
+        def stop(*_: object) -> None:
             raise StoppedError
 
-        patch.setattr(Trainer, "_moments", stop)
+        patch.setattr(run_folder, "save_state", stop)
         with pytest.raises(StoppedError):
             train(parts)
     assert (parts.output / "best").exists()

@@ -113,3 +113,32 @@ def test_differences():
 
 def test_below():
     assert weights.below("a.", {"a.b": 1, "a.a.c": 2, "ab": 3, "b.a.d": 4}) == {"b": 1, "a.c": 2}
+
+
+def test_packed_numbers_are_at_most_half_a_step_away() -> None:
+    state = {
+        "kernel": torch.randn(7, 5, 3, 3) * torch.logspace(-4, 2, 7).view(7, 1, 1, 1),
+        "matrix": torch.randn(4, 9),
+        "zeros": torch.cat([torch.zeros(1, 6), torch.ones(1, 6)]),
+        "bias": torch.randn(4),
+        "count": torch.tensor(3),
+        "ids": torch.arange(6).view(2, 3),
+    }
+    packed = weights.pack(state)
+    assert {name for name, tensor in packed.items() if tensor.dtype == torch.int8} == {"kernel", "matrix", "zeros"}
+    back = weights.unpack(packed)
+    assert list(back) == list(state)
+    for name in ("bias", "count", "ids", "zeros"):
+        assert torch.equal(back[name], state[name])
+    for name in ("kernel", "matrix"):
+        largest = state[name].abs().flatten(1).amax(1)
+        error = (back[name] - state[name]).abs().flatten(1).amax(1)
+        assert (error <= largest / 127 / 2 * 1.0001).all()
+        assert (error > largest / 127 / 20).all()  # of 8 bits it is
+    again = weights.unpack(weights.pack(back))
+    assert all(torch.equal(again[name], back[name]) for name in back)
+
+
+def test_what_is_not_packed_stays_as_it_is() -> None:
+    state = {"matrix": torch.randn(4, 9), "bias": torch.randn(4)}
+    assert all(torch.equal(weights.unpack(state)[name], state[name]) for name in state)
