@@ -34,6 +34,7 @@ FeatureNorm = Literal["standard", "sqrt", "none"]
 Precision = Literal["auto", "fp32", "bf16"]
 Method = Literal["beam", "sample"]
 Normalisation = Literal["none", "average", "gnmt"]
+Objective = Literal["likelihood", "cider"]
 Tracking = Literal["wandb", "none"]
 
 
@@ -158,6 +159,9 @@ class DataConfig:
 class OptimisationConfig:
     """How the decoder learns."""
 
+    # what is maximised: the likelihood of the human captions, or the CIDEr-D of captions that the model draws itself
+    # (self-critical training)
+    objective: Objective = "likelihood"
     epochs: int = 30  # passes over all captions, at most
     batch_size: int = 128  # captions a step and process
     learning_rate: float = 5e-4  # Adam's, after the warm-up
@@ -170,6 +174,7 @@ class OptimisationConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        _choice("optimisation.objective", self.objective, Objective)
         for name in ("epochs", "batch_size", "patience"):
             _at_least(f"optimisation.{name}", getattr(self, name), 1)
         for name in ("learning_rate", "gradient_clip"):
@@ -189,6 +194,7 @@ class TrainingConfig:
 
     data: Annotated[DataConfig, tyro.conf.arg(name="")]
     output: Path  # folder of the run; the same command goes on with the run that it holds
+    start: str | None = None  # saved model to begin with; encoder, decoder and words are then as it has them
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     optimisation: OptimisationConfig = field(default_factory=OptimisationConfig)
@@ -208,6 +214,10 @@ class TrainingConfig:
         """Check the ranges."""
         for name in ("min_count", "max_words"):
             _at_least(name, getattr(self, name), 1)
+        if self.optimisation.objective == "cider" and self.start is None:
+            raise CaptionerError(
+                'optimisation.objective "cider" needs a model that writes already; give one with --start DIR'
+            )
         if not 0 <= self.seed < 2**32:
             raise CaptionerError(f"seed is {self.seed}; expected 0 to {2**32 - 1}")
         _choice("precision", self.precision, Precision)
@@ -294,14 +304,39 @@ PRESETS: dict[str, tuple[str, TrainingConfig]] = {
         ),
     ),
     "mini": (
-        "the model in the box: its CNN, once distilled, learns on with the captions of Flickr8k",
+        "the decoder of the model in the box, on features of its CNN",
         TrainingConfig(
             data=DataConfig(data=Path("data/flickr8k")),
             output=Path("runs/mini"),
             encoder=EncoderConfig(name="mini", weights="runs/distil/encoder.safetensors", image_size=144),
             decoder=DecoderConfig(embedding_size=256),
+            optimisation=OptimisationConfig(epochs=10, learning_rate=1e-3, label_smoothing=0.1),
+        ),
+    ),
+    "mini-joint": (
+        "then its decoder and CNN together",
+        TrainingConfig(
+            data=DataConfig(data=Path("data/flickr8k")),
+            output=Path("runs/mini-joint"),
+            start="runs/mini",
             optimisation=OptimisationConfig(
-                epochs=10, learning_rate=1e-3, encoder_learning_rate=2e-4, mirror=True, label_smoothing=0.1
+                epochs=6,
+                batch_size=320,
+                learning_rate=5e-4,
+                encoder_learning_rate=1e-4,
+                mirror=True,
+                label_smoothing=0.1,
+            ),
+        ),
+    ),
+    "mini-cider": (
+        "then its decoder alone, with CIDEr as the reward",
+        TrainingConfig(
+            data=DataConfig(data=Path("data/flickr8k")),
+            output=Path("runs/mini-cider"),
+            start="runs/mini-joint",
+            optimisation=OptimisationConfig(
+                objective="cider", epochs=6, batch_size=320, learning_rate=1e-4, warmup_steps=50
             ),
         ),
     ),

@@ -9,7 +9,7 @@ any number of processes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,6 +37,7 @@ class Batch:
     """Captions with their photos."""
 
     photos: Float[Tensor, "photos 4096"] | UInt8[Tensor, "photos 3 height width"]  # features or pixels, each photo once
+    rows: Int[Tensor, " photos"]  # where the photos stand in the source
     photo: Int[Tensor, " batch"]  # number of each caption's photo in `photos`
     tokens: Int[Tensor, "batch time"]  # [start] ... [end] [pad] ...
     lengths: Int[Tensor, " batch"]  # tokens of each caption, [start] and [end] included
@@ -59,7 +60,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
-        return Batch(self.photos.to(device), self.photo.to(device), self.tokens.to(device), self.lengths.to(device))
+        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 class CaptionDataset:
@@ -107,6 +108,7 @@ class CaptionDataset:
         photos = torch.from_numpy(self.source[rows])
         return Batch(
             photos if photos.dtype == torch.uint8 else photos.float(),
+            torch.from_numpy(rows),
             torch.from_numpy(photo),
             torch.from_numpy(tokens),
             torch.from_numpy(lengths),

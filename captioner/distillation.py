@@ -49,6 +49,7 @@ class Student(nn.Module):
         self.encoder = encoder
         self.translate = nn.Conv2d(1024, channels, 1)
         nn.init.zeros_(self.translate.weight)  # at first the student says what the teacher says on average
+        assert self.translate.bias is not None
         nn.init.zeros_(self.translate.bias)
 
     def forward(self, photos: Float[Tensor, "batch 3 size size"]) -> Float[Tensor, "batch channels rows columns"]:

@@ -87,6 +87,7 @@ class Encoder(nn.Module):
             raise CaptionerError(
                 f"encoder.image_size is {config.image_size}; {config.name} expects {tap.smallest} or more"
             )
+        given = state is not None
         if state is None and config.weights != "random":
             state = _read(config)
         network = _network(config.name, initialised=state is None)
@@ -102,6 +103,10 @@ class Encoder(nn.Module):
         self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1), persistent=False)
         self.trainable = trainable
+        # Whether `config.weights` says where these very weights are to be had: not if they are given or random, change,
+        # or come with this version of the package.
+        own = config.weights == "default" and config.name in OWN
+        self.elsewhere = not (given or trainable or own or config.weights == "random")
         self.requires_grad_(trainable)
         self.to(memory_format=torch.channels_last)
         self.eval()

@@ -19,7 +19,7 @@ from captioner.card import model_card
 from captioner.config import DecodingOptions
 from captioner.decoder import Decoder
 from captioner.decoding import decode
-from captioner.encoder import OWN, Encoder, is_file
+from captioner.encoder import Encoder, is_file
 from captioner.errors import CheckpointError, WeightsError
 from captioner.explain import Explanation, explain
 from captioner.prepared import PreparedDecoder
@@ -75,10 +75,6 @@ class Captioner:
         self.options = options or DecodingOptions()
         self.training = dict(training or {})
         self._prepared: dict[str, PreparedDecoder] = {}  # by precision
-        # Weights that were trained here, are random or came with this version of the package may be had nowhere else;
-        # others are named, and known again by their hash.
-        own = encoder.config.weights == "default" and encoder.config.name in OWN
-        self.stores_encoder = encoder.trainable or encoder.config.weights == "random" or own
 
     @classmethod
     def from_pretrained(
@@ -129,7 +125,6 @@ class Captioner:
         decoder = Decoder(saved.decoder, len(saved.vocabulary))
         checkpoint.fill(decoder, saved.decoder_state, str(folder / checkpoint.WEIGHTS))
         captioner = cls(encoder, decoder, saved.vocabulary, saved.decoding, saved.training)
-        captioner.stores_encoder = stored  # fine-tuned weights stay with their model
         return captioner.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def save_pretrained(self, folder: str | Path, *, packed: bool = False) -> None:
@@ -153,7 +148,7 @@ class Captioner:
         state = self.encoder.body.state_dict()
         if packed:  # what is identified is what will be read
             state = weights.unpack(weights.pack(state))
-        stored = self.stores_encoder or packed
+        stored = packed or not self.encoder.elsewhere  # others are named, and known again by their hash
         config = self.encoder.config
         if not stored and config.weights not in _NO_FILE:  # the model is to load from any working directory
             config = dataclasses.replace(config, weights=str(Path(config.weights).absolute()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 from accelerate import Accelerator
+from torch import Tensor
 
 from captioner import features, images
 from captioner.annotations import Annotations, Example, load
@@ -44,8 +45,14 @@ class Data:
     val: Split
 
 
-def prepare(config: TrainingConfig, accelerator: Accelerator) -> Data:
-    """Read and check the captions; compute the features that are not stored yet, where the encoder is frozen."""
+def prepare(config: TrainingConfig, accelerator: Accelerator, state: Mapping[str, Tensor] | None = None) -> Data:
+    """Read and check the captions; compute the features that are not stored yet, where the encoder is frozen.
+
+    Args:
+        config: all settings.
+        accelerator: device and processes.
+        state: weights of the encoder, if they are not those that the settings name.
+    """
     where = config.data
     captions = load(
         where.data,
@@ -55,7 +62,8 @@ def prepare(config: TrainingConfig, accelerator: Accelerator) -> Data:
         val_share=where.val_share,
     )
     log.info("%s: %s", captions.name, captions.problems.report())
-    encoder = Encoder(config.encoder, trainable=config.optimisation.encoder_learning_rate > 0).to(accelerator.device)
+    trainable = config.optimisation.encoder_learning_rate > 0
+    encoder = Encoder(config.encoder, state, trainable=trainable).to(accelerator.device)
     splits = {name: captions.split(name) for name in ("train", "val")}
     examples = [*splits["train"], *splits["val"]]
     if encoder.trainable:

@@ -36,6 +36,7 @@ from captioner.model import Caption, Captioner
 from captioner.preparation import Data, prepare
 from captioner.prepared import has_fast_bf16
 from captioner.progress import Progress
+from captioner.reward import Reward
 from captioner.run_folder import History
 from captioner.scoring import references_of
 from captioner.tracking import Tracker
@@ -59,9 +60,13 @@ class Network(nn.Module):
 
     def forward(self, batch: Batch) -> Float[Tensor, "words vocabulary"]:
         """Logits of a batch's targets."""
-        features = batch.photos if self.encoder is None else self.encoder(batch.photos)
-        logits: Tensor = self.decoder(features[batch.photo], batch.inputs, batch.keep)
+        logits: Tensor = self.decoder(self.features(batch)[batch.photo], batch.inputs, batch.keep)
         return logits
+
+    def features(self, batch: Batch) -> Float[Tensor, "photos 4096"]:
+        """What is seen in a batch's photos."""
+        features: Tensor = batch.photos if self.encoder is None else self.encoder(batch.photos)
+        return features
 
 
 def train(config: TrainingConfig) -> History:
@@ -87,27 +92,34 @@ def train(config: TrainingConfig) -> History:
         )
     except ValueError as error:  # not of this device, or not the one that this process has trained with before
         raise CaptionerError(f"--precision {config.precision} cannot be used: {error}") from None
+    start = None
+    if config.start is not None:
+        start = Captioner.from_pretrained(config.start, device="cpu")
+        config = dataclasses.replace(config, encoder=start.encoder.config, decoder=start.decoder.config)
     settings = run_folder.claim(config, write=accelerator.is_main_process)
     log.info("settings: %s", json.dumps(settings))
-    return Trainer(config, prepare(config, accelerator), accelerator).run(settings)
+    state = None if start is None or start.encoder.elsewhere else start.encoder.body.state_dict()
+    return Trainer(config, prepare(config, accelerator, state), accelerator, start).run(settings)
 
 
 class Trainer:
     """The state of a run and the loop over it."""
 
-    def __init__(self, config: TrainingConfig, data: Data, accelerator: Accelerator) -> None:
+    def __init__(
+        self, config: TrainingConfig, data: Data, accelerator: Accelerator, start: Captioner | None = None
+    ) -> None:
         """Build the model and the optimiser.
 
         Args:
             config: all settings.
             data: what to learn from.
             accelerator: device, precision and processes.
+            start: the model to begin with.
         """
         self.config, self.data, self.accelerator = config, data, accelerator
         options = config.optimisation
-        vocabulary = Vocabulary.build(
-            (caption for example in data.train.examples for caption in example.captions), config.min_count
-        )
+        captions = (caption for example in data.train.examples for caption in example.captions)
+        vocabulary = start.vocabulary if start else Vocabulary.build(captions, config.min_count)
         self.train, self.val = (
             CaptionDataset(split.examples, vocabulary, split.source, split.rows, config.max_words)
             for split in (data.train, data.val)
@@ -115,6 +127,9 @@ class Trainer:
         self._captions_sha256 = run_folder.fingerprint([*data.train.examples, *data.val.examples])
         set_seed(config.seed)
         decoder = Decoder(config.decoder, len(vocabulary))
+        if start:
+            decoder.load_state_dict(start.decoder.state_dict())
+        self.reward = Reward(data.train.examples, data.train.rows, vocabulary) if options.objective == "cider" else None
         groups: list[dict[str, Any]] = [{"params": list(decoder.parameters()), "lr": options.learning_rate}]
         if data.encoder.trainable:
             groups.append({"params": list(data.encoder.parameters()), "lr": options.encoder_learning_rate})
@@ -189,7 +204,7 @@ class Trainer:
             seed=self.config.seed,
             rank=accelerator.process_index,
             processes=accelerator.num_processes,
-            by_photo=self.data.encoder.trainable,
+            by_photo=self.data.encoder.trainable or self.reward is not None,
         )
         with Progress(
             f"epoch {history.epoch + 1}", len(self.train), "captions", shown=accelerator.is_main_process
@@ -201,19 +216,17 @@ class Trainer:
                 share = self._schedule(history.step)
                 for group, rate in zip(self.optimiser.param_groups, self._rates, strict=True):
                     group["lr"] = rate * share
-                with accelerator.autocast():
-                    logits = self.network(batch)
-                loss = F.cross_entropy(logits.float(), batch.targets, label_smoothing=options.label_smoothing)
+                loss, shown = self._loss(batch)
                 self.optimiser.zero_grad()
                 accelerator.backward(loss)
                 norm = accelerator.clip_grad_norm_(self.network.parameters(), options.gradient_clip)
                 self.optimiser.step()
                 history.step += 1
                 words = len(batch.targets)
-                total += torch.stack((loss.detach() * words, torch.full_like(loss.detach(), words)))
+                total += torch.stack((shown * words, torch.full_like(shown, words)))
                 note = ""
                 if history.step % _LOG_EVERY == 0 or history.step == 1:
-                    value = self._finite(float(loss.detach()))
+                    value = self._finite(float(shown))
                     note = f"loss {value:.3f}"
                     tracker.log(
                         history.step,
@@ -227,6 +240,25 @@ class Trainer:
                 progress.advance(len(batch.lengths) * accelerator.num_processes, note)
         loss_sum, word_count = accelerator.reduce(total, "sum")
         return {"epoch": history.epoch + 1, "train_loss": self._finite(float(loss_sum / word_count))}
+
+    def _loss(self, batch: Batch) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """What is minimised, and what is told: the cross-entropy, or minus the mean reward."""
+        options = self.config.optimisation
+        if self.reward is None:
+            with self.accelerator.autocast():
+                logits = self.network(batch)
+            loss = F.cross_entropy(logits.float(), batch.targets, label_smoothing=options.label_smoothing)
+            return loss, loss.detach()
+        network = self.accelerator.unwrap_model(self.network)
+        # Another seed at every step: what is drawn also depends on the photo, so processes need none of their own.
+        seed = self.config.seed * 2**31 + self.history.step
+        with torch.no_grad():
+            features = network.features(batch)
+        drawn = self.reward.draw(network.decoder, features, batch, seed=seed)
+        with self.accelerator.autocast():
+            logits = self.network(drawn.batch)
+        losses = F.cross_entropy(logits.float(), drawn.batch.targets, reduction="none")
+        return (losses * drawn.weights).mean(), torch.full_like(losses[0].detach(), -drawn.reward)
 
     @torch.inference_mode()
     def _validate(self) -> tuple[list[Caption], dict[str, float]]:

@@ -304,7 +304,7 @@ def test_what_is_no_name_on_the_hub_is_not_asked_for(
     with pytest.raises(CheckpointError, match="no such model") as caught:
         Captioner.from_pretrained(name)
     assert re.fullmatch(
-        rf"{name}: no such model( \(.+\))?; use the one in the box \(--model mini\), .* train one: python train.py shapes",
+        rf"{name}: no such model( \(.+\))?; use the one in the box \(--model mini\), .* python train.py shapes",
         str(caught.value),
     )
 

@@ -22,7 +22,7 @@ LAYERS = [
     {"decoding", "checkpoint"},
     {"explain", "card"},
     {"model"},
-    {"preparation", "evaluation", "bulk", "reports"},
+    {"preparation", "evaluation", "bulk", "reports", "reward"},
     {"run_folder"},
     {"training", "distillation"},
     {"cli"},

@@ -1,0 +1,101 @@
+"""The model in the box: it is there, it fits, it says what it said when it was made, and that is about the photo.
+
+The photos are scikit-image's and scikit-learn's: it has not learned from them, nor from any of their kind on purpose.
+"""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from captioner import Captioner, images, weights
+from captioner.config import DecodingOptions, EncoderConfig
+from captioner.encoder import Encoder
+
+MINI = weights.PRETRAINED / "mini"
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def sample(package: str, name: str) -> Path:
+    spec = find_spec(package)
+    assert spec is not None, "pip install -e '.[test]'"
+    assert spec.origin is not None
+    return Path(spec.origin).parent / name
+
+
+PHOTOS = {
+    "astronaut": sample("skimage", "data/astronaut.png"),
+    "camera": sample("skimage", "data/camera.png"),
+    "chelsea": sample("skimage", "data/chelsea.png"),
+    "coffee": sample("skimage", "data/coffee.png"),
+    "motorcycle": sample("skimage", "data/motorcycle_left.png"),
+    "rocket": sample("skimage", "data/rocket.jpg"),
+    "flower": sample("sklearn", "datasets/images/flower.jpg"),
+    "china": sample("sklearn", "datasets/images/china.jpg"),
+}
+
+
+@pytest.fixture(scope="module")
+def mini() -> Captioner:
+    return Captioner.from_pretrained()
+
+
+def test_it_fits_into_the_box(mini: Captioner) -> None:
+    assert sum(path.stat().st_size for path in MINI.iterdir()) <= 16_000_000
+    assert {path.name for path in MINI.iterdir()} == {"model.safetensors", "config.json", "tokenizer.json", "README.md"}
+    assert mini.encoder.config.name == "mini"
+    assert mini.options.beam_size == 3
+
+
+def test_golden(mini: Captioner) -> None:
+    """Features and captions of now are those of when the model was made; see the end of this file."""
+    golden = json.loads((Path(__file__).parent / "golden" / "mini.json").read_text("utf-8"))
+    assert golden.keys() == PHOTOS.keys()
+    for name, path in PHOTOS.items():
+        features = mini.features(images.load(path, mini.encoder.config.image_size)[None])[0]
+        expected = torch.tensor(golden[name]["features"])
+        assert torch.allclose(features[:: len(features) // len(expected)], expected, rtol=1e-3, atol=1e-3), name
+        caption = mini.caption(path)
+        assert caption.text == golden[name]["caption"], name
+        assert caption.logprob == pytest.approx(golden[name]["logprob"], abs=1e-3), name
+
+
+def test_the_cnn_of_the_box_is_for_everyone(mini: Captioner) -> None:
+    encoder = Encoder(EncoderConfig("mini", "default", mini.encoder.config.image_size))
+    assert encoder.weights_sha256 == mini.encoder.weights_sha256
+
+
+def test_a_folder_of_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mini").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert Captioner.from_pretrained("mini").encoder.config.name == "mini"
+
+
+def test_without_a_network_from_any_folder(tmp_path: Path) -> None:
+    """The command of the first page, where nothing but the package is to be had."""
+    blocked = "import socket; socket.socket.connect = None; import runpy, sys; sys.argv[0] = 'caption.py'; "
+    command = [sys.executable, "-c", f"{blocked}runpy.run_path({str(ROOT / 'caption.py')!r}, run_name='__main__')"]
+    done = subprocess.run([*command, PHOTOS["astronaut"]], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.split()) >= 4
+
+
+if __name__ == "__main__":  # writes the golden file anew, after the model in the box was made anew
+    model = Captioner.from_pretrained()
+    found = {}
+    for name, path in PHOTOS.items():
+        vector = model.features(images.load(path, model.encoder.config.image_size)[None])[0]
+        caption = model.caption(path, DecodingOptions(**vars(model.options)))
+        found[name] = {
+            "caption": caption.text,
+            "logprob": round(caption.logprob, 5),
+            "features": [round(float(number), 5) for number in vector[::256]],
+        }
+        print(f"{name}: {caption.text}")
+    target = Path(__file__).parent / "golden" / "mini.json"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
