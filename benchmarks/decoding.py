@@ -29,7 +29,8 @@ VOCABULARY, HIDDEN, BEAM, STEPS = 9487, 512, 5, 16
 CLOCK: list[Callable[[], float]] = [time.perf_counter]  # the last one counts
 SPECIAL = SimpleNamespace(pad=0, start=1, end=2, unk=3)
 OPTIONS = DecodingOptions(beam_size=BEAM, min_words=STEPS, max_words=STEPS)
-# The first step has one row a photo, the others one a beam; the word's own product is looked up.
+# The first step has one row a photo, the others one a beam; the word's own product is looked up. That beams share the
+# products of a hidden state is not counted: how many do depends on the model.
 ROWS = 1 + (STEPS - 1) * BEAM
 FLOPS = ROWS * 2 * HIDDEN * (VOCABULARY + 4 * HIDDEN) + 2 * FEATURE_SIZE * 2 * HIDDEN
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from captioner.config import DecodingOptions
 from captioner.errors import CaptionerError
-from captioner.policies import Beams, Choice, among_best, largest
+from captioner.policies import Beams, Choice, Outlook, among_best
 
 _MOST_STATES = 4096
 
@@ -51,7 +51,7 @@ def word_ids(special: SpecialTokens, phrase: str, setting: str) -> tuple[int, ..
 
 
 class Bans:
-    """Words that may not come next get probability 0; the other probabilities stay as they are."""
+    """Words that may not come next get probability 0, a surprisal of inf; the other probabilities stay as they are."""
 
     def __init__(self, options: DecodingOptions, special: SpecialTokens, searches: int, device: torch.device) -> None:
         """Look up what is forbidden.
@@ -77,13 +77,13 @@ class Bans:
         self._ngram = options.no_repeat_ngram
         self._history = torch.zeros(searches, 1, 0, dtype=torch.long, device=device)
 
-    def apply(self, probabilities: Float[Tensor, "rows vocabulary"], time: int, beams: Beams) -> None:
-        """Zero what may not come next, in place."""
-        probabilities.index_fill_(1, self._never, 0)
+    def apply(self, surprisal: Float[Tensor, "rows vocabulary"], time: int, beams: Beams) -> None:
+        """Rule out what may not come next, in place."""
+        surprisal.index_fill_(1, self._never, torch.inf)
         if time < self._min_words:
-            probabilities[:, self._end] = 0
+            surprisal[:, self._end] = torch.inf
         if 0 < self._ngram <= time:
-            self._apply_ngram(probabilities, beams)
+            self._apply_ngram(surprisal, beams)
 
     def follow(self, choice: Choice) -> None:
         """Remember the words that were chosen, where they matter."""
@@ -91,14 +91,14 @@ class Bans:
             parent = choice.parent[..., None].expand(-1, -1, self._history.shape[2])
             self._history = torch.cat([self._history.gather(1, parent), choice.word[..., None]], dim=2)
 
-    def _apply_ngram(self, probabilities: Tensor, beams: Beams) -> None:
+    def _apply_ngram(self, surprisal: Tensor, beams: Beams) -> None:
         history = self._history.flatten(0, 1)[beams.rows]
         runs = history.unfold(1, self._ngram, 1)  # (rows, starts, n)
         latest = history[:, None, history.shape[1] - self._ngram + 1 :]
         again = (runs[..., :-1] == latest).all(-1)  # this run began as the words just written: it may not end the same
         repeated = runs[..., -1]
-        limit = torch.where(again, 0.0, torch.inf).to(probabilities.dtype)
-        probabilities.scatter_reduce_(1, repeated, limit, "amin")
+        least = torch.where(again, torch.inf, 0.0).to(surprisal.dtype)
+        surprisal.scatter_reduce_(1, repeated, least, "amax")
 
 
 class Automaton:
@@ -192,26 +192,21 @@ class ConstrainedBeamSearch:
         self.banks = automaton.needed[0] + 1
         self.beams = self.width * self.banks
         self.wanted = min(options.num_captions, self.width)
-        self._end = special.end
         self._left = options.max_words
-        self._words = torch.tensor(automaton.words, device=device)
+        self._always = torch.tensor([special.end, *automaton.words], device=device)
         self._following = torch.tensor(automaton.following, device=device)
         self._needed = torch.tensor(automaton.needed, device=device)
         self._state = torch.zeros(images, self.beams, dtype=torch.long, device=device)
 
-    def choose(self, probabilities: Float[Tensor, "rows vocabulary"], beams: Beams) -> Choice:
+    def choose(self, outlook: Outlook, beams: Beams) -> Choice:
         """Fill every bank with its likeliest captions."""
         self._left -= 1
-        ended = beams.continued(probabilities[:, self._end, None])[..., 0]
-        ended = ended.masked_fill(self._needed[self._state] > 0, -torch.inf)
-        probabilities[:, self._end] = 0
         # The words that requirements are about are always considered; of the others, which lead to one state, the best.
-        ours = probabilities.index_select(1, self._words)
-        probabilities.index_fill_(1, self._words, 0)
-        probability, word = largest(probabilities, self.width)
-        going = beams.continued(torch.cat([ours, probability], dim=1))  # (images, beams, ours + others)
-        words = beams.spread(torch.cat([self._words.expand(len(word), -1), word], dim=1), 0)
-        column = torch.arange(words.shape[2], device=words.device).clamp_(max=len(self._words))
+        logprob, word = outlook.likeliest(self.width, always=self._always)
+        reached, words = beams.continued(logprob), beams.spread(word, 0)
+        ended, going, words = reached[..., 0], reached[..., 1:], words[..., 1:]  # (images, beams[, ours + others])
+        ended = ended.masked_fill(self._needed[self._state] > 0, -torch.inf)
+        column = torch.arange(words.shape[2], device=words.device).clamp_(max=len(self._always) - 1)
         following = self._following[self._state][..., column]
         needed = self._needed[following]
         going = going.masked_fill(needed > self._left, -torch.inf)

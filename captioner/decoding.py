@@ -11,7 +11,9 @@ and `[unk]` in it although they are never written.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from captioner.config import DecodingOptions
 from captioner.constraints import Bans, ConstrainedBeamSearch, SpecialTokens
-from captioner.policies import Beams, BeamSearch, Choice, Policy, Sampling, largest, log
+from captioner.policies import Beams, BeamSearch, Choice, Outlook, Policy, Sampling
 
 __all__ = ["Hypothesis", "SpecialTokens", "State", "StepModel", "decode"]
 
@@ -32,12 +34,13 @@ _Integers = npt.NDArray[np.int64]
 #: Hidden state: tensors of `(layers, batch, hidden)`.
 State = tuple[Tensor, ...]
 
-# Rows that the model computes at once. On a processor their logits should stay in the cache.
-_ROWS_CPU, _ROWS_GPU = 320, 32768
+# Rows that the model computes at once. On a processor their logits should about stay in the cache; fewer rows would
+# wait more often for Python, which all threads share.
+_ROWS_CPU, _ROWS_GPU = 512, 32768
 
 
 class StepModel(Protocol):
-    """What the search needs of a model."""
+    """What the search needs of a model; on a processor, several threads may ask at once."""
 
     def start(self, features: Float[Tensor, "batch 4096"], /) -> State:
         """The hidden state that a photo sets."""
@@ -57,6 +60,9 @@ class Hypothesis:
     score: float  # what hypotheses are ranked by: logprob after length normalisation
     finished: bool  # ended with [end], rather than cut at max_words or because no word could follow
     satisfied: bool = True  # has every required word
+
+
+_Captions = list[list[Hypothesis]]  # of photos, best first
 
 
 @dataclass(frozen=True)
@@ -99,16 +105,17 @@ def decode(
         raise ValueError("there is no model; expected one or more")
     if any(isinstance(each, torch.nn.Module) and each.training for each in models):
         raise ValueError("the decoder is in training mode, which drops units at random; call .eval() first")
-    found: list[list[Hypothesis]] = []
-    together = _together(features.device, special, options)
-    for some in (features[i : i + together] for i in range(0, len(features), together)):
-        captions, _ = search(models, some, special, options)
-        missed = [i for i, best in enumerate(captions) if not best[0].satisfied]
-        if missed:
-            for i, best in zip(missed, relaxed(models, some[missed], special, options)[0], strict=True):
-                captions[i] = best
-        found += captions
-    return found
+
+    def write(some: Tensor) -> _Captions:
+        with torch.inference_mode():
+            captions, _ = search(models, some, special, options)
+            missed = [i for i, best in enumerate(captions) if not best[0].satisfied]
+            if missed:
+                for i, best in zip(missed, relaxed(models, some[missed], special, options)[0], strict=True):
+                    captions[i] = best
+            return captions
+
+    return [captions for part in _each(write, _parts(features, special, options)) for captions in part]
 
 
 def search(
@@ -148,11 +155,11 @@ def search(
     best = torch.full((searches, policy.wanted), -torch.inf, device=device)  # scores of the best that ended
     ended = torch.zeros(searches, dtype=torch.long, device=device)
     for time in range(options.max_words):
-        probabilities, states = _ask(models, tokens, states)
+        outlook, states = _ask(models, tokens, states)
         now = Beams(logprob, rows)
-        bans.apply(probabilities, time, now)
-        considered = _consider(probabilities, now) if watch else None
-        choice = policy.choose(probabilities, now)
+        bans.apply(outlook.surprisal, time, now)
+        considered = _consider(outlook, now) if watch else None
+        choice = policy.choose(outlook, now)
         bans.follow(choice)
         steps.append(Step(logprob, choice, considered))
 
@@ -186,33 +193,58 @@ def _policy(options: DecodingOptions, special: SpecialTokens, features: Tensor) 
         return Sampling(options, special.end, features)
     if options.required_words:
         return ConstrainedBeamSearch(options, special, len(features), features.device)
-    return BeamSearch(options, special.end)
+    return BeamSearch(options, special.end, features.device)
 
 
-def _together(device: torch.device, special: SpecialTokens, options: DecodingOptions) -> int:
-    """Photos that are searched for at once."""
+def _parts(features: Tensor, special: SpecialTokens, options: DecodingOptions) -> Sequence[Tensor]:
+    """Photos that are searched for at once; where they are too many for one part, equally many for each thread."""
     policy = _policy(options, special, torch.zeros(0, 4096))
-    rows = _ROWS_CPU if device.type == "cpu" else _ROWS_GPU
-    return max(1, rows // (policy.searches * policy.beams))
+    cpu = features.device.type == "cpu"
+    together = max(1, (_ROWS_CPU if cpu else _ROWS_GPU) // (policy.searches * policy.beams))
+    count = math.ceil(len(features) / together)
+    if cpu and count > 1:
+        threads = torch.get_num_threads()
+        count = min(math.ceil(count / threads) * threads, len(features))
+    return features.tensor_split(count) if count else ()
+
+
+def _each(write: Callable[[Tensor], _Captions], parts: Sequence[Tensor]) -> Iterable[_Captions]:
+    """What `write` makes of each part, in order.
+
+    Each thread of a processor writes parts of its own: if all worked on one part together, they would wait for each
+    other after every operation, and long where other programs run beside them.
+    """
+    threads = torch.get_num_threads()
+    if len(parts) < 2 or threads < 2 or parts[0].device.type != "cpu":
+        return map(write, parts)
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(write, parts))
+    finally:
+        torch.set_num_threads(threads)  # a thread's own number is also that of threads which start later
 
 
 def _ask(
     models: Sequence[StepModel], tokens: Int[Tensor, " rows"], states: Sequence[State]
-) -> tuple[Float[Tensor, "rows vocabulary"], list[State]]:
-    """The probability of every word to come next, the mean over models; NaN where a model knows none."""
+) -> tuple[Outlook, list[State]]:
+    """What may come next, by the mean probability over models; there is no number where one of them knows none."""
     answers = [model.step(tokens, state) for model, state in zip(models, states, strict=True)]
-    probabilities = [logits.softmax(dim=1) for logits, _ in answers]
-    if len({each.shape for each in probabilities}) > 1:
-        sizes = " and ".join(str(each.shape[1]) for each in probabilities)
+    logits, *others = (each for each, _ in answers)
+    if any(each.shape != logits.shape for each in others):
+        sizes = " and ".join(str(each.shape[1]) for each, _ in answers)
         raise ValueError(f"the models know {sizes} words; expected models that share a vocabulary")
-    mean = probabilities[0] if len(models) == 1 else torch.stack([p.float() for p in probabilities]).mean(dim=0)
-    return mean, [state for _, state in answers]
+    if others:
+        each = torch.stack([logits.float().log_softmax(dim=1) for logits, _ in answers])
+        logits = each.logsumexp(dim=0) - math.log(len(models))
+    return Outlook(logits, logits.log_softmax(dim=1).abs_()), [state for _, state in answers]
 
 
-def _consider(probabilities: Tensor, beams: Beams) -> tuple[Tensor, Tensor]:
+def _consider(outlook: Outlook, beams: Beams) -> tuple[Tensor, Tensor]:
     """The likeliest words to follow each caption, for `explain`."""
-    probability, word = largest(probabilities, min(beams.logprob.shape[1] + 1, probabilities.shape[1]))
-    return beams.spread(log(probability), -torch.inf), beams.spread(word, 0)
+    nothing = beams.rows.new_empty(0)
+    count = min(beams.logprob.shape[1] + 1, outlook.logits.shape[1])
+    logprob, word = outlook.likeliest(count, always=nothing)
+    return beams.spread(logprob, -torch.inf), beams.spread(word, 0)
 
 
 def _score(logprob: Tensor, length: int, options: DecodingOptions) -> Tensor:

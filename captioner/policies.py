@@ -16,7 +16,7 @@ from torch import Tensor
 
 from captioner.config import DecodingOptions
 
-_COLUMNS = 512  # the vocabulary is folded to this many columns to find its largest entries
+_COLUMNS = 512  # the vocabulary is folded to this many columns to find the likeliest words
 
 
 class Choice(NamedTuple):
@@ -26,6 +26,37 @@ class Choice(NamedTuple):
     word: Int[Tensor, "searches beams"]  # with this word
     logprob: Float[Tensor, "searches beams"]  # of all words so far; -inf where nothing could be put
     ended: Float[Tensor, "searches beams"]  # log-probability of each old beam and [end]; -inf where it did not end here
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What may come next, in each row that the model was asked about."""
+
+    logits: Float[Tensor, "rows vocabulary"]
+    #: -log of each word's probability, not below 0; inf for words that may not come, NaN where the model knows none.
+    surprisal: Float[Tensor, "rows vocabulary"]
+
+    def likeliest(
+        self, count: int, always: Int[Tensor, " some"]
+    ) -> tuple[Float[Tensor, "rows words"], Int[Tensor, "rows words"]]:
+        """Some words, and the likeliest of the others; the surprisals of the former become inf.
+
+        Args:
+            count: how many others.
+            always: ids of the words that come first.
+
+        Returns:
+            Log-probabilities in fp32, -inf where there are none, and ids.
+        """
+        known = self.surprisal.index_select(1, always)
+        self.surprisal.index_fill_(1, always, torch.inf)
+        least, word = smallest(self.surprisal, count)
+        words = torch.cat([always.expand(len(word), -1), word], dim=1)
+        surprisal, logits = torch.cat([known, least], dim=1).float(), self.logits.gather(1, words).float()
+        # In bfloat16 surprisals are rounded twice, logits once. What both add up to is the same for all words of a row;
+        # the least surprising one tells it best.
+        total = (logits + surprisal).gather(1, surprisal.argmin(dim=1, keepdim=True))
+        return torch.where(surprisal < torch.inf, logits - total, -torch.inf), words
 
 
 @dataclass(frozen=True)
@@ -41,9 +72,9 @@ class Beams:
         grid = values.new_full((searches * beams, values.shape[1]), fill)
         return grid.index_copy_(0, self.rows, values).view(searches, beams, -1)
 
-    def continued(self, probabilities: Float[Tensor, "rows n"]) -> Float[Tensor, "searches beams n"]:
-        """Log-probability of each caption with one more word; -inf where the model gives none, or no number."""
-        return self.spread(log(probabilities), -torch.inf) + self.logprob[..., None]
+    def continued(self, logprob: Float[Tensor, "rows n"]) -> Float[Tensor, "searches beams n"]:
+        """Log-probability of each caption with one more word, from that of the word."""
+        return self.spread(logprob, -torch.inf) + self.logprob[..., None]
 
 
 class Policy(Protocol):
@@ -55,8 +86,8 @@ class Policy(Protocol):
     wanted: int  # best captions of a search that must not be missed
     distinct: bool  # a caption that was found twice counts once
 
-    def choose(self, probabilities: Float[Tensor, "rows vocabulary"], beams: Beams) -> Choice:
-        """Take the next word of every caption; may overwrite `probabilities`."""
+    def choose(self, outlook: Outlook, beams: Beams) -> Choice:
+        """Take the next word of every caption; may overwrite the surprisals."""
         ...
 
 
@@ -70,20 +101,19 @@ class BeamSearch:
 
     distinct = True
 
-    def __init__(self, options: DecodingOptions, end: int) -> None:
+    def __init__(self, options: DecodingOptions, end: int, device: torch.device) -> None:
         self.searches = options.beam_groups
         self.beams = self.quota = options.width // options.beam_groups
         self.wanted = min(options.num_captions, self.beams)
         self._diversity = options.diversity
-        self._end = end
+        self._end = torch.tensor([end], device=device)
 
-    def choose(self, probabilities: Float[Tensor, "rows vocabulary"], beams: Beams) -> Choice:
+    def choose(self, outlook: Outlook, beams: Beams) -> Choice:
         """See the class."""
-        ended = beams.continued(probabilities[:, self._end, None])[..., 0]
-        probabilities[:, self._end] = 0
         # The words of a row that other groups make dearer are fewer than the whole beam: more is not needed.
-        probability, word = largest(probabilities, self.searches * self.beams)
-        going, words = beams.continued(probability), beams.spread(word, 0)  # (searches, beams, words)
+        logprob, word = outlook.likeliest(self.searches * self.beams, always=self._end)
+        reached, words = beams.continued(logprob), beams.spread(word, 0)
+        ended, going, words = reached[..., 0], reached[..., 1:], words[..., 1:]  # (searches, beams[, words])
         grouped = zip(
             *(part.view(-1, self.searches, *part.shape[1:]).unbind(1) for part in (going, words, ended)), strict=True
         )
@@ -137,10 +167,11 @@ class Sampling:
         #: One 64-bit number a sample, `(searches,)`.
         self._keys = _mix(_mix(_hash(features)[:, None] + options.seed) + samples).flatten()
 
-    def choose(self, probabilities: Float[Tensor, "rows vocabulary"], beams: Beams) -> Choice:
+    def choose(self, outlook: Outlook, beams: Beams) -> Choice:
         """See the class."""
         # A row without a number, or without a word that is allowed, draws nothing: its total is 0.
-        likely = self._narrowed(probabilities.float().nan_to_num(nan=0.0))
+        surprisal = outlook.surprisal.float()
+        likely = self._narrowed((surprisal / -self._options.temperature).softmax(dim=1).nan_to_num(nan=0.0))
         reached = likely.cumsum(dim=1)
         total = reached[:, -1]
         uniform = _uniform(self._keys[beams.rows] + self._time)
@@ -149,7 +180,7 @@ class Sampling:
         drawn = torch.searchsorted(reached, target[:, None], right=True).clamp_(max=likely.shape[1] - 1)
         self._time += 1
 
-        logprob = beams.continued(probabilities.gather(1, drawn))[..., 0]
+        logprob = beams.continued(-surprisal.gather(1, drawn))[..., 0]
         logprob = logprob.masked_fill(beams.spread(total[:, None], 0.0)[..., 0] == 0, -torch.inf)
         word = beams.spread(drawn, 0)[..., 0]
         ends = word == self._end
@@ -162,8 +193,6 @@ class Sampling:
 
     def _narrowed(self, likely: Float[Tensor, "rows vocabulary"]) -> Float[Tensor, "rows vocabulary"]:
         options = self._options
-        if options.temperature != 1:
-            likely = (likely.log() / options.temperature).softmax(dim=1).nan_to_num(nan=0.0)
         if 0 < options.top_k < likely.shape[1]:
             kept = likely.topk(options.top_k)
             likely = torch.zeros_like(likely).scatter_(1, kept.indices, kept.values)
@@ -185,39 +214,39 @@ def _nucleus(likely: Tensor, strangeness: Tensor, mass: float) -> Tensor:
     return torch.zeros_like(likely).scatter_(1, order, kept)
 
 
-def log(probabilities: Tensor) -> Tensor:
-    """Natural log in fp32; -inf of 0 and of what is no number."""
-    probabilities = probabilities.float()
-    return torch.where(probabilities > 0, probabilities, 0.0).log()
-
-
-def largest(
+def smallest(
     values: Float[Tensor, "rows columns"], count: int
 ) -> tuple[Float[Tensor, "rows count"], Int[Tensor, "rows count"]]:
-    """The largest entries of each row, largest first, and where they are; zeros after the last where there are fewer.
+    """The smallest entries of each row, smallest first, and where they are; inf after the last where there are fewer.
 
-    `torch.topk` over a whole vocabulary takes a processor about as long as the exponentials of a softmax. Folded to
-    `_COLUMNS` columns, the largest entries are all in the columns with the largest maxima, which vectorises.
+    `torch.topk` over a whole vocabulary takes a processor about as long as a softmax. Folded to `_COLUMNS` columns,
+    the smallest entries are all in the columns with the smallest minima, which vectorises.
+
+    Args:
+        values: none below 0 (and no -0, whose sign would be taken for a number); NaN counts as larger than all others.
+        count: how many are wanted.
     """
     size = values.shape[1]
     if count > size:
-        value, index = values.topk(size, dim=1)
+        value, index = smallest(values, size)
         padding = (0, count - size)
-        return torch.nn.functional.pad(value, padding), torch.nn.functional.pad(index, padding)
+        return torch.nn.functional.pad(value, padding, value=torch.inf), torch.nn.functional.pad(index, padding)
     layers = size // _COLUMNS
     if values.device.type != "cpu" or layers < 4 or count > _COLUMNS // 8:
-        return values.topk(count, dim=1)
-    maxima = values[:, : layers * _COLUMNS].view(-1, layers, _COLUMNS).amax(dim=1)
-    rest = values[:, layers * _COLUMNS :]
-    maxima[:, : rest.shape[1]] = torch.maximum(maxima[:, : rest.shape[1]], rest)
-    columns = maxima.topk(count, dim=1).indices
+        return values.topk(count, dim=1, largest=False)
+    # The bits of floating point numbers that are not negative are in order as integers, which are compared faster.
+    bits = values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
+    minima = bits[:, : layers * _COLUMNS].view(-1, layers, _COLUMNS).amin(dim=1)
+    rest = bits[:, layers * _COLUMNS :]
+    minima[:, : rest.shape[1]] = torch.minimum(minima[:, : rest.shape[1]], rest)
+    columns = minima.topk(count, dim=1, largest=False).indices
     # (rows, layers + 1, count): the entries of these columns, the last layer only where there is one.
     places = columns[:, None, :] + torch.arange(0, size, _COLUMNS)[:, None]
     beyond = places >= size
     places = places.clamp_(max=size - 1).flatten(1)
-    found = values.gather(1, places).masked_fill_(beyond.flatten(1), -1.0)
-    value, which = found.topk(count, dim=1)
-    return value, places.gather(1, which)
+    found = bits.gather(1, places).masked_fill_(beyond.flatten(1), torch.iinfo(bits.dtype).max)
+    value, which = found.topk(count, dim=1, largest=False)
+    return value.view(values.dtype), places.gather(1, which)
 
 
 def _mix(x: Int[Tensor, "*any"]) -> Int[Tensor, "*any"]:

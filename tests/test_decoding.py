@@ -15,7 +15,7 @@ from captioner.config import DecoderConfig, DecodingOptions
 from captioner.decoder import Decoder
 from captioner.decoding import Hypothesis, decode
 from captioner.errors import CaptionerError
-from captioner.policies import _uniform, largest
+from captioner.policies import _uniform, smallest
 from captioner.prepared import PreparedDecoder
 
 WORDS = "abcdefgh"
@@ -166,7 +166,7 @@ searches = st.fixed_dictionaries(
         "forbidden_words": st.sampled_from([(), ("a",), ("a", "c", "zebra")]),
     }
 )
-models = st.builds(Table, st.integers(0, 10**6), st.sampled_from([7, 8]), st.sampled_from([0.1, 1.0, 4.0]))
+models = st.builds(Table, st.integers(0, 10**6), st.sampled_from([7, 8]), st.sampled_from([0.1, 1.0, 4.0, 100.0]))
 
 
 @settings(max_examples=25, deadline=None)
@@ -249,6 +249,30 @@ def test_batch_equals_its_singles_with_the_decoder_itself(decoder, way):
     ):
         assert [h.tokens for h in found] == [h.tokens for h in alone]
         assert [h.logprob for h in found] == pytest.approx([h.logprob for h in alone], abs=1e-3)
+
+
+@pytest.mark.parametrize("way", ways)
+def test_threads_take_turns_and_change_nothing(decoder, way, monkeypatch):
+    monkeypatch.setattr(decoding, "_ROWS_CPU", 16)
+    options = DecodingOptions(max_words=12, **ways[way])
+    features = torch.rand(11, 4096, generator=torch.Generator().manual_seed(1))
+    model = PreparedDecoder(decoder, "fp32")
+    expected = decode(model, features, SPECIAL, options)
+    torch.set_num_threads(3)
+    assert decode(model, features, SPECIAL, options) == expected
+    assert torch.get_num_threads() == 3
+
+
+def test_what_goes_wrong_in_a_thread_is_told(monkeypatch):
+    class Wrong(Table):
+        def step(self, tokens, state):
+            raise RuntimeError("no logits today")
+
+    monkeypatch.setattr(decoding, "_ROWS_CPU", 5)
+    torch.set_num_threads(2)
+    with pytest.raises(RuntimeError, match="no logits today"):
+        decode(Wrong(), photos(*range(9)), SPECIAL, DecodingOptions())
+    assert torch.get_num_threads() == 2
 
 
 @pytest.mark.parametrize("way", ways)
@@ -528,6 +552,31 @@ def test_groups_find_no_caption_twice():
     assert len({h.tokens for h in found}) == len(found)
 
 
+@pytest.mark.parametrize("normalisation", ["none", "average"])
+def test_captions_of_a_dead_group_come_after_those_of_a_live_one(normalisation):
+    """However likely what it had written was."""
+    end, (a, b) = SPECIAL.end, SPECIAL.ids(SIZE)[:2]
+
+    class Trap(Table):
+        """`a` is very likely, and nothing can follow it; `b` is not, and only [end] follows, also not likely."""
+
+        def step(self, tokens, state):
+            logits = torch.full((len(tokens), SIZE), -torch.inf)
+            first = tokens == SPECIAL.start
+            logits[first, a], logits[first, b] = 5.0, 0.0
+            after = (tokens == b).nonzero()[:, 0]
+            logits[after, SPECIAL.unk], logits[after, end] = 9.0, 0.0
+            return logits, state
+
+    options = DecodingOptions(
+        beam_size=2, beam_groups=2, num_captions=2, diversity=50.0, length_normalisation=normalisation
+    )
+    live, dead = decode(Trap(), photos(1), SPECIAL, options)[0]
+    assert (live.tokens, live.finished) == ((b,), True)
+    assert (dead.tokens, dead.finished) == ((a,), False)
+    assert live.score < dead.score
+
+
 # Ensembles
 
 
@@ -621,6 +670,26 @@ def test_only_the_special_words_are_likely():
     assert found.tokens
 
 
+@pytest.mark.parametrize("way", ALL_WAYS, ids=str)
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_favourite_may_be_forbidden_however_likely_it_is(way, precision):
+    """The others have probabilities that no floating point number can tell from 0."""
+
+    class Certain(Table):
+        def step(self, tokens, state):
+            logits, state = super().step(tokens, state)
+            logits[:, SPECIAL.encode(["h"])[0][1]] += 500
+            return logits.to(precision), state
+
+    options = DecodingOptions(forbidden_words=("h",), max_words=6, min_words=6, **way)
+    for found in decode(Certain(), photos(1, 2), SPECIAL, options):
+        for hypothesis in found:
+            check_rules(hypothesis, options)
+            assert len(hypothesis.tokens) == 6
+            assert hypothesis.satisfied
+            assert hypothesis.logprob == pytest.approx(6 * -500, rel=0.02)
+
+
 def test_no_photos():
     assert decode(Table(), torch.zeros(0, 4096), SPECIAL, DecodingOptions()) == []
 
@@ -649,21 +718,33 @@ def test_fewer_captions_where_there_are_no_more():
     st.sampled_from([torch.float32, torch.bfloat16]),
     st.integers(0, 1000),
 )
-def test_largest_is_topk(rows, size, count, dtype, seed):
-    values = torch.rand(rows, size, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    value, index = largest(values.clone(), count)
-    expected = values.topk(min(count, size), dim=1).values
+def test_smallest_is_topk(rows, size, count, dtype, seed):
+    values = torch.rand(rows, size, generator=torch.Generator().manual_seed(seed)).to(dtype) * 9
+    values[values > 8] = torch.inf
+    value, index = smallest(values.clone(), count)
+    expected = values.topk(min(count, size), dim=1, largest=False).values
+    assert value.dtype == dtype
     assert value.shape == index.shape == (rows, count)
     assert torch.equal(value[:, :size], expected)
     assert torch.equal(values.gather(1, index[:, :size]), expected)
     assert all(len(set(row)) == len(row) for row in index[:, :size].tolist())
-    assert not value[:, size:].any()
+    assert value[:, size:].isposinf().all()
 
 
-def test_largest_counts_the_last_entry_once():
-    values = torch.zeros(1, 2048)
-    values[0, [0, 2047]] = torch.tensor([2.0, 1.0])
-    assert largest(values, 3)[0].tolist() == [[2.0, 1.0, 0.0]]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_no_number_is_larger_than_all(dtype):
+    values = torch.full((1, 2100), torch.nan, dtype=dtype)
+    values[0, [5, 2099]] = torch.tensor([torch.inf, 0.5], dtype=dtype)
+    value, index = smallest(values, 3)
+    assert value[0, :2].tolist() == [0.5, math.inf]
+    assert index[0, :2].tolist() == [2099, 5]
+    assert value[0, 2].isnan()
+
+
+def test_smallest_counts_the_last_entry_once():
+    values = torch.full((1, 2048), 3.0)
+    values[0, [0, 2047]] = torch.tensor([1.0, 2.0])
+    assert smallest(values, 3)[0].tolist() == [[1.0, 2.0, 3.0]]
 
 
 @pytest.mark.parametrize(
