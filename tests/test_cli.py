@@ -305,7 +305,7 @@ def test_an_unknown_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.setattr(sys, "argv", ["captioner", "describe"])
     assert cli.main() == 2
     assert capsys.readouterr().err == (
-        "captioner: 'describe' is no command; expected one of caption, train, evaluate\n"
+        "captioner: 'describe' is no command; expected one of caption, train, evaluate, distil, compact\n"
     )
 
 
