@@ -159,9 +159,7 @@ class DataConfig:
 class OptimisationConfig:
     """How the decoder learns."""
 
-    # what is maximised: the likelihood of the human captions, or the CIDEr-D of captions that the model draws itself
-    # (self-critical training)
-    objective: Objective = "likelihood"
+    objective: Objective = "likelihood"  # of the human captions; or CIDEr of captions that the model draws itself
     epochs: int = 30  # passes over all captions, at most
     batch_size: int = 128  # captions a step and process
     learning_rate: float = 5e-4  # Adam's, after the warm-up
@@ -235,11 +233,12 @@ class DistillationConfig:
     views: int = 5  # of each photo: the whole, and random parts
     view_size: int = 144  # height and width that views are kept at, in pixels
     sizes: tuple[int, ...] = (64, 96, 96, 96, 128)  # height and width that the student sees, each for as many epochs
-    epochs: int = 50  # passes over all photos, one view of each
+    epochs: int = 40  # passes over all photos, one view of each
     batch_size: int = 64
     learning_rate: float = 2e-3  # AdamW's, after the warm-up
     warmup_steps: int = 300  # the learning rate rises linearly over these steps, then falls along a cosine to 0
     weight_decay: float = 0.05  # of the weights of convolutions
+    gradient_clip: float = 1.0  # largest norm of the gradient
     seed: int = 0  # decides views, initial weights, order and augmentation
 
     def __post_init__(self) -> None:
@@ -249,7 +248,8 @@ class DistillationConfig:
         _at_least("view_size", self.view_size, 32)
         for name in ("warmup_steps", "weight_decay"):
             _at_least(name, getattr(self, name), 0)
-        _positive("learning_rate", self.learning_rate)
+        for name in ("learning_rate", "gradient_clip"):
+            _positive(name, getattr(self, name))
         if not self.sizes or not all(32 <= size <= self.view_size for size in self.sizes):
             raise CaptionerError(f"sizes are {self.sizes}; expected numbers from 32 to view_size, {self.view_size}")
 

@@ -150,12 +150,13 @@ class Distiller:
             for start in range(0, len(photos), config.batch_size):
                 batch = slice(start, start + config.batch_size)
                 pixels, roots = self._batch(photos[batch], chosen[batch])
-                pixels, roots = _augment(pixels, roots, size, random)
+                pixels, roots = _mix(*_augment(pixels, roots, size, random), random)
                 loss = self._loss(pixels, roots, (min(pixels.shape[-1] // 32, roots.shape[-1]), 2, 1)).mean()
                 for group in self.optimiser.param_groups:
                     group["lr"] = config.learning_rate * self._schedule(history.step)
                 self.optimiser.zero_grad()
                 torch.autograd.backward(loss)
+                nn.utils.clip_grad_norm_(self.student.parameters(), config.gradient_clip)
                 self.optimiser.step()
                 history.step += 1
                 total += float(loss.detach()) * len(pixels)
@@ -242,6 +243,27 @@ def _augment(
     middle = pixels.mean((1, 2, 3), keepdim=True)
     pixels = (pixels - middle) * (1 + contrast) + middle * (1 + brightness)
     return pixels.clamp(0, 255), roots
+
+
+def _mix(
+    pixels: Float[Tensor, "batch 3 size size"],
+    roots: Float[Tensor, "batch channels rows columns"],
+    random: np.random.Generator,
+) -> tuple[Float[Tensor, "batch 3 size size"], Float[Tensor, "batch channels rows columns"]]:
+    """CutMix (Yun et al. 2019): every other batch has a rectangle of another photo in each, and in its answer too."""
+    if random.random() < 0.5:
+        return pixels, roots
+    share = math.sqrt(random.random())  # of each side, so that any share of the area is as likely
+    cells, size = roots.shape[-1], pixels.shape[-1]
+    length = round(cells * share)
+    corner = random.integers(cells - length + 1, size=2)
+    mixed = []
+    for tensor, scale in ((pixels, size / cells), (roots, 1.0)):
+        top, left, bottom, right = (round(edge * scale) for edge in (*corner, *(corner + length)))
+        tensor = tensor.clone()
+        tensor[:, :, top:bottom, left:right] = tensor.roll(1, 0)[:, :, top:bottom, left:right]
+        mixed.append(tensor)
+    return mixed[0], mixed[1]
 
 
 def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -150,8 +150,9 @@ class Captioner:
             state = weights.unpack(weights.pack(state))
         stored = packed or not self.encoder.elsewhere  # others are named, and known again by their hash
         config = self.encoder.config
-        if not stored and config.weights not in _NO_FILE:  # the model is to load from any working directory
-            config = dataclasses.replace(config, weights=str(Path(config.weights).absolute()))
+        if config.weights not in _NO_FILE:  # the model is to load from any working directory
+            path = Path(config.weights)
+            config = dataclasses.replace(config, weights=path.name if stored else str(path.absolute()))
         saved = checkpoint.Checkpoint(
             encoder=config,
             encoder_sha256=weights.fingerprint(state) if stored else self.encoder.weights_sha256,

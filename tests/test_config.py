@@ -162,7 +162,7 @@ def test_presets_are_complete_and_parse(name: str) -> None:
 
 
 def test_the_presets_are_those_that_the_manual_names() -> None:
-    assert list(PRESETS) == ["coco", "flickr8k", "shapes"]
+    assert list(PRESETS) == ["coco", "flickr8k", "mini", "mini-joint", "mini-cider", "shapes"]
     coco = PRESETS["coco"][1]
     assert coco.encoder == EncoderConfig(name="vgg16", weights="default")
     assert (coco.decoder.cell, coco.decoder.hidden_size, coco.decoder.embedding_size) == ("lstm", 512, 512)

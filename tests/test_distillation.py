@@ -15,7 +15,7 @@ from test_teacher import Colours
 
 from captioner import cli, distillation
 from captioner.config import DistillationConfig, EncoderConfig
-from captioner.distillation import Distiller, _augment, distil
+from captioner.distillation import Distiller, _augment, _mix, distil
 from captioner.encoder import Encoder
 from captioner.errors import CaptionerError, CheckpointError
 from captioner.teacher import Views
@@ -135,6 +135,22 @@ def test_augmentation_keeps_photo_and_answer_together() -> None:
     assert torch.equal(brighter, answers[:, 0, 0, 0] == 1)
     assert 10 < int(brighter.sum()) < 54  # some are mirrored
     assert len({round(float(photo.max())) for photo in pixels}) > 10  # and none is as bright as the next
+
+
+def test_mixing_keeps_photo_and_answer_together() -> None:
+    pixels = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 56, 56)  # the number of the photo, at every place
+    roots = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 2, 7, 7)
+    random = np.random.default_rng(0)
+    shares = []
+    for _ in range(40):
+        mixed, answers = _mix(pixels, roots, random)
+        assert torch.equal(mixed[:, :1, ::8, ::8], answers[:, :1])  # eight pixels are a place
+        assert torch.equal(mixed[:, :1], answers[:, :1].repeat_interleave(8, 2).repeat_interleave(8, 3))
+        photo = torch.arange(4)[:, None, None, None]
+        assert bool(((answers == photo) | (answers == (photo - 1) % 4)).all())  # itself and its neighbour alone
+        shares.append(float((answers == photo).float().mean()))
+    assert 10 < sum(share == 1 for share in shares) < 30  # every other batch is as it was
+    assert min(shares) < 0.3
 
 
 def test_a_loss_that_is_no_number(pictures: Path, tmp_path: Path) -> None:

@@ -266,7 +266,8 @@ def test_no_network_and_no_file(cache, name, file):
     with pytest.raises(
         WeightsError,
         match=rf"^no weights for {name}: https://download\.pytorch\.org/models/{file} cannot be downloaded "
-        rf"\(Name or service not known\); put that file at {cache / file}, or pass --encoder\.weights FILE$",
+        rf"\(Name or service not known\); put that file at {cache / file}, pass --encoder\.weights FILE, "
+        r"or use the CNN in the box: --encoder\.name mini$",
     ):
         encoder(name, "default")
 

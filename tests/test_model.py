@@ -213,6 +213,7 @@ def test_packed_models_are_a_quarter_of_the_size(
     model.save_pretrained(tmp_path / "packed", packed=True)
     path.unlink()  # a packed model has its encoder in itself
     found = Captioner.from_pretrained(tmp_path / "packed")
+    assert found.encoder.config.weights == path.name  # where it was is nobody else's business
     state = model.encoder.body.state_dict() | model.decoder.state_dict()
     numbers = sum(tensor.numel() for tensor in state.values() if tensor.ndim > 1)
     others = sum(tensor.numel() for tensor in state.values() if tensor.ndim < 2)
