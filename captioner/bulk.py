@@ -35,7 +35,7 @@ def caption_photos(
     for batch in images.stream(paths, captioner.encoder.config.image_size, batch_size):
         captions: dict[int, tuple[Caption, ...]] = {}
         if batch.indices:
-            found = captioner.describe(captioner.features(batch.pixels.to(captioner.device)), options)
+            found = captioner.describe(captioner.features(batch.pixels.to(captioner.device), options), options)
             captions = {index: tuple(some) for index, some in zip(batch.indices, found, strict=True)}
         for index in sorted([*captions, *batch.failures]):
             yield Captioned(paths[index], captions.get(index, ()), batch.failures.get(index))

@@ -320,7 +320,7 @@ PRESETS: dict[str, tuple[str, TrainingConfig]] = {
             output=Path("runs/mini-joint"),
             start="runs/mini",
             optimisation=OptimisationConfig(
-                epochs=6,
+                epochs=10,
                 batch_size=320,
                 learning_rate=5e-4,
                 encoder_learning_rate=1e-4,
@@ -336,7 +336,7 @@ PRESETS: dict[str, tuple[str, TrainingConfig]] = {
             output=Path("runs/mini-cider"),
             start="runs/mini-joint",
             optimisation=OptimisationConfig(
-                objective="cider", epochs=6, batch_size=320, learning_rate=1e-4, warmup_steps=50
+                objective="cider", epochs=4, batch_size=320, learning_rate=3e-5, warmup_steps=50
             ),
         ),
     ),

@@ -97,6 +97,10 @@ class Bans:
         latest = history[:, None, history.shape[1] - self._ngram + 1 :]
         again = (runs[..., :-1] == latest).all(-1)  # this run began as the words just written: it may not end the same
         repeated = runs[..., -1]
+        if surprisal.device.type == "cpu":  # which need not be waited for to know that there are few
+            row, run = again.nonzero(as_tuple=True)
+            surprisal[row, repeated[row, run]] = torch.inf
+            return
         least = torch.where(again, torch.inf, 0.0).to(surprisal.dtype)
         surprisal.scatter_reduce_(1, repeated, least, "amax")
 

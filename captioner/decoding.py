@@ -356,11 +356,11 @@ def _read_back(steps: Sequence[Step], words: _Integers, search: _Integers, beam:
         The words of each, and after them zeros up to the same length.
     """
     tokens = np.zeros((len(words), len(steps)), dtype=np.int64)
-    choices = [(step.choice.parent.cpu().numpy(), step.choice.word.cpu().numpy()) for step in steps]
+    parent = torch.stack([step.choice.parent for step in steps]).cpu().numpy()
+    word = torch.stack([step.choice.word for step in steps]).cpu().numpy()
     for time in reversed(range(len(steps))):
-        parent, word = choices[time]
         written = words > time
-        tokens[written, time] = word[search[written], beam[written]]
-        beam = np.where(written, parent[search, beam], beam)
+        tokens[written, time] = word[time, search[written], beam[written]]
+        beam = np.where(written, parent[time, search, beam], beam)
     result: list[list[int]] = tokens.tolist()
     return result

@@ -129,9 +129,7 @@ class Encoder(nn.Module):
         Returns:
             One row of 4096 non-negative numbers a photo.
         """
-        features: Tensor = self.pool(self.map(images)).flatten(1)  # (batch, channels, rows, columns) -> (batch, 4096)
-        assert features.shape[1] == FEATURE_SIZE
-        return features
+        return self.flatten(self.map(images))
 
     def map(self, images: UInt8[Tensor, "batch 3 height width"] | Float[Tensor, "batch 3 height width"]) -> Tensor:
         """What the tapped layer yields, before it is averaged onto a grid.
@@ -143,9 +141,18 @@ class Encoder(nn.Module):
             `(batch, channels, rows, columns)`, or `(batch, 4096)` of a network with a layer of that width.
         """
         with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
-            pixels = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-            tapped: Tensor = self.body(pixels)["tap"]
+            tapped: Tensor = self.body(self.standardise(images))["tap"]
         return tapped
+
+    def standardise(self, images: Tensor) -> Float[Tensor, "batch 3 height width"]:
+        """Photos as the network expects them: 0 to 255 in, mean 0 and deviation 1 over the photos of ImageNet out."""
+        return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
+    def flatten(self, tapped: Tensor) -> Float[Tensor, "batch 4096"]:
+        """What the tapped layer yields (see `map`), averaged onto the grid and flattened."""
+        features: Tensor = self.pool(tapped).flatten(1)  # (batch, channels, rows, columns) -> (batch, 4096)
+        assert features.shape[1] == FEATURE_SIZE
+        return features
 
 
 def _network(name: EncoderName, *, initialised: bool) -> nn.Module:

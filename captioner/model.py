@@ -23,6 +23,7 @@ from captioner.encoder import Encoder, is_file
 from captioner.errors import CheckpointError, WeightsError
 from captioner.explain import Explanation, explain
 from captioner.prepared import PreparedDecoder
+from captioner.prepared_encoder import PreparedEncoder
 from captioner.vocabulary import Vocabulary
 
 Photo = Path | str | Image.Image
@@ -48,7 +49,8 @@ class Caption:
 class Captioner:
     """Looks at photos and writes sentences about them.
 
-    The decoder's weights are arranged for speed when the first caption is written: after changing them, make another.
+    Weights are arranged for speed when the first photo is looked at and the first caption is written: after changing
+    them, make another.
     """
 
     def __init__(
@@ -74,7 +76,8 @@ class Captioner:
         self.decoder.eval()
         self.options = options or DecodingOptions()
         self.training = dict(training or {})
-        self._prepared: dict[str, PreparedDecoder] = {}  # by precision
+        self._encoders: dict[str, PreparedEncoder] = {}  # by precision
+        self._decoders: dict[str, PreparedDecoder] = {}
 
     @classmethod
     def from_pretrained(
@@ -189,7 +192,8 @@ class Captioner:
         """Move the model to a device."""
         self.encoder.to(device)
         self.decoder.to(device)
-        self._prepared.clear()
+        self._encoders.clear()
+        self._decoders.clear()
         return self
 
     @property
@@ -208,13 +212,23 @@ class Captioner:
             ImageError: the photo cannot be decoded.
         """
         pixels = images.load(photo, self.encoder.config.image_size)
-        return self.describe(self.features(pixels[None].to(self.device)), options)[0][0]
+        return self.describe(self.features(pixels[None].to(self.device), options), options)[0][0]
 
     def features(
-        self, photos: Float[Tensor, "batch 4096"] | UInt8[Tensor, "batch 3 height width"]
+        self,
+        photos: Float[Tensor, "batch 4096"] | UInt8[Tensor, "batch 3 height width"],
+        options: DecodingOptions | None = None,
     ) -> Float[Tensor, "batch 4096"]:
-        """What the encoder sees in photos; features are what it has seen already, and stay as they are."""
-        return self.encoder(photos) if photos.dtype == torch.uint8 else photos
+        """What the encoder sees in photos, in the precision of the options.
+
+        Features are what it has seen already, and stay as they are.
+        """
+        if photos.dtype != torch.uint8:
+            return photos
+        precision = (options or self.options).precision
+        if precision not in self._encoders:
+            self._encoders[precision] = PreparedEncoder(self.encoder, precision)
+        return self._encoders[precision](photos)
 
     @torch.inference_mode()
     def describe(
@@ -256,12 +270,13 @@ class Captioner:
         """
         options = options or self.options
         pixels = images.load(photo, self.encoder.config.image_size)
-        return explain(self._ready(options), self.features(pixels[None].to(self.device)), self.vocabulary, options)
+        features = self.features(pixels[None].to(self.device), options)
+        return explain(self._ready(options), features, self.vocabulary, options)
 
     def _ready(self, options: DecodingOptions) -> PreparedDecoder:
-        if options.precision not in self._prepared:
-            self._prepared[options.precision] = PreparedDecoder(self.decoder, options.precision)
-        return self._prepared[options.precision]
+        if options.precision not in self._decoders:
+            self._decoders[options.precision] = PreparedDecoder(self.decoder, options.precision)
+        return self._decoders[options.precision]
 
 
 def find(model: str | Path) -> Path:

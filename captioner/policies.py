@@ -69,6 +69,8 @@ class Beams:
     def spread(self, values: Tensor, fill: float) -> Tensor:
         """Put `(rows, n)` back into the grid: `(searches, beams, n)`, with `fill` in the rows that are not in use."""
         searches, beams = self.logprob.shape
+        if len(self.rows) == searches * beams:
+            return values.view(searches, beams, -1)
         grid = values.new_full((searches * beams, values.shape[1]), fill)
         return grid.index_copy_(0, self.rows, values).view(searches, beams, -1)
 
@@ -114,17 +116,22 @@ class BeamSearch:
         logprob, word = outlook.likeliest(self.searches * self.beams, always=self._end)
         reached, words = beams.continued(logprob), beams.spread(word, 0)
         ended, going, words = reached[..., 0], reached[..., 1:], words[..., 1:]  # (searches, beams[, words])
+        if self.searches == 1:
+            return self._best(going, words, ended)
         grouped = zip(
             *(part.view(-1, self.searches, *part.shape[1:]).unbind(1) for part in (going, words, ended)), strict=True
         )
         choices: list[Choice] = []
         for going, words, ended in grouped:
-            penalty = self._diversity * _times_chosen(words, choices)
-            best = (going - penalty).flatten(1).topk(self.beams).indices
-            parent = best.div(words.shape[2], rounding_mode="floor")
-            logprob = going.flatten(1).gather(1, best)
-            choices.append(Choice(parent, words.flatten(1).gather(1, best), logprob, among_best(ended, logprob)))
+            choices.append(self._best(going, words, ended, self._diversity * _times_chosen(words, choices)))
         return Choice(*(torch.stack(parts, dim=1).flatten(0, 1) for parts in zip(*choices, strict=True)))
+
+    def _best(self, going: Tensor, words: Tensor, ended: Tensor, penalty: Tensor | None = None) -> Choice:
+        """The choice of one group, from `(images, beams, n)` continuations and `(images, beams)` endings."""
+        best = (going if penalty is None else going - penalty).flatten(1).topk(self.beams).indices
+        parent = best.div(words.shape[2], rounding_mode="floor")
+        logprob = going.flatten(1).gather(1, best)
+        return Choice(parent, words.flatten(1).gather(1, best), logprob, among_best(ended, logprob))
 
 
 def _times_chosen(words: Int[Tensor, "images beams n"], choices: list[Choice]) -> Tensor:

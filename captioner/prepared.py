@@ -23,7 +23,9 @@ from torch import Tensor
 from captioner.config import FEATURE_SIZE, Precision
 from captioner.decoder import Decoder, State
 
-_Linear = Callable[[Tensor], Tensor]
+Layer = Callable[[Tensor], Tensor]
+
+_FEW = 8  # rows
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -59,7 +61,7 @@ class PreparedDecoder:
         self.cell = decoder.config.cell
         self.layers = decoder.config.layers
         self.dtype = dtype_for(precision, decoder.output.weight.device)
-        self.initial = _linear(decoder.initial.weight.float(), decoder.initial.bias.float())
+        self.initial = linear(decoder.initial.weight.float(), decoder.initial.bias.float())
         weights = [self._weights(layer) for layer in range(self.layers)]
         w_ih, w_hh, b_ih, b_hh = weights[0]
         if self.cell == "gru":  # the reset gate comes between the hidden bias and the sum, so that one stays apart
@@ -69,15 +71,15 @@ class PreparedDecoder:
         #: What the first layer makes of each word, `(vocabulary, gates * hidden)`.
         self.table = table.to(self.dtype)
 
-        def linear(weight: Tensor, bias: Tensor) -> _Linear:
-            return _linear(weight.to(self.dtype), bias.float())
+        def rounded(weight: Tensor, bias: Tensor) -> Layer:
+            return linear(weight.to(self.dtype), bias.float())
 
-        self.hidden = [linear(w_hh, hidden_bias)] + [linear(w, b) for _, w, _, b in weights[1:]]
-        self.input = [linear(w, b) for w, _, b, _ in weights[1:]]
+        self.hidden = [rounded(w_hh, hidden_bias)] + [rounded(w, b) for _, w, _, b in weights[1:]]
+        self.input = [rounded(w, b) for w, _, b, _ in weights[1:]]
         weight, bias = decoder.output.weight, decoder.output.bias.float()
-        self.output = linear(weight, bias)
+        self.output = rounded(weight, bias)
         if self.dtype == torch.bfloat16:
-            self.output = linear(weight, bias - self._level())
+            self.output = rounded(weight, bias - self._level())
 
     def start(self, features: Float[Tensor, "batch 4096"]) -> State:
         """The hidden state that a photo sets; computed in fp32.
@@ -114,11 +116,12 @@ class PreparedDecoder:
             previous = tuple(part[layer] for part in parts)
             from_hidden = _rows(self.hidden[layer](_rows(previous[0], distinct)), copies)
             layers.append(self._cell(from_input.float(), from_hidden.float(), previous))
-        following = tuple(torch.stack(parts) for parts in zip(*layers, strict=True))
+        joined = zip(*layers, strict=True)
+        following = tuple(parts[0][None] if self.layers == 1 else torch.stack(parts) for parts in joined)
         return self.output(layers[-1][0]), (*following, _numbers(following[0]))
 
     def _cell(self, from_input: Tensor, from_hidden: Tensor, previous: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """One step of one layer, in fp32; the gates of an LSTM come in the order i, f, o, g (see `_weights`)."""
+        """One step of one layer, in fp32."""
         if self.cell == "gru":
             hidden = from_hidden.shape[1] // 3
             r, z = (from_input[:, : 2 * hidden] + from_hidden[:, : 2 * hidden]).sigmoid_().chunk(2, dim=1)
@@ -126,9 +129,8 @@ class PreparedDecoder:
             return (torch.lerp(n, previous[0].float(), z).to(self.dtype),)
         gates = from_hidden.add_(from_input)
         if self.cell == "lstm":
-            hidden = gates.shape[1] // 4
-            i, f, o = gates[:, : 3 * hidden].sigmoid_().chunk(3, dim=1)
-            c = torch.addcmul(f * previous[1], i, _tanh(gates[:, 3 * hidden :]))
+            i, f, g, o = gates.sigmoid_().chunk(4, dim=1)
+            c = torch.addcmul(f * previous[1], i, g.mul_(2).sub_(1))  # g is twice what it was, see `_weights`
             return _tanh(c).mul_(o).to(self.dtype), c
         return ((gates.relu_() if self.cell == "irnn" else _tanh(gates)).to(self.dtype),)
 
@@ -148,11 +150,14 @@ class PreparedDecoder:
         return float(torch.cat(largest).quantile(0.25).nan_to_num(0.0, 0.0, 0.0))
 
     def _weights(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Input and hidden weights and biases of a layer; gates i, f, g, o of an LSTM become i, f, o, g."""
+        """Input and hidden weights and biases of a layer; those of an LSTM's gate g are doubled.
+
+        tanh(x) = 2 sigmoid(2 x) - 1, and so one sigmoid does for all four gates.
+        """
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         found = [getattr(self._decoder.rnn, f"{name}_l{layer}").detach() for name in names]
-        if self.cell == "lstm":  # the three sigmoids side by side: one call for all
-            found = [torch.cat([w.chunk(4)[gate] for gate in (0, 1, 3, 2)]) for w in found]
+        if self.cell == "lstm":
+            found = [torch.cat([i, f, 2 * g, o]) for i, f, g, o in (w.chunk(4) for w in found)]
         w_ih, w_hh, b_ih, b_hh = found
         return w_ih, w_hh, b_ih, b_hh
 
@@ -170,9 +175,10 @@ def _numbers(parts: Float[Tensor, "layers batch hidden"]) -> Int[Tensor, "1 batc
 def _distinct(numbers: Int[Tensor, " batch"]) -> tuple[Tensor | None, Tensor | None]:
     """One row of each number, and for every row which of these it equals; None stands for all rows.
 
-    A GPU would have to be waited for until it has counted them: there, every row stands for itself.
+    A GPU would have to be waited for until it has counted them: there, every row stands for itself. So it does where
+    there are so few that the weights, which are read for any number of rows, take most of the time.
     """
-    if numbers.device.type != "cpu":
+    if numbers.device.type != "cpu" or len(numbers) <= _FEW:
         return None, None
     distinct, copies = torch.unique(numbers, return_inverse=True)
     rows = torch.empty_like(distinct).scatter_(0, copies, torch.arange(len(numbers)))
@@ -183,14 +189,14 @@ def _rows(x: Tensor, which: Tensor | None) -> Tensor:
     return x if which is None else x.index_select(0, which)
 
 
-def _linear(weight: Tensor, bias: Tensor) -> _Linear:
+def linear(weight: Tensor, bias: Tensor) -> Layer:
     """`x -> x W^T + b` with everything laid out for the device; the bias is fp32."""
     weight, bias = weight.detach(), bias.detach()
     rounded = bias.to(weight.dtype)
     return _onednn_linear(weight, bias) or (lambda x: torch.nn.functional.linear(x, weight, rounded))
 
 
-def _onednn_linear(weight: Tensor, bias: Tensor) -> _Linear | None:
+def _onednn_linear(weight: Tensor, bias: Tensor) -> Layer | None:
     """The product of oneDNN with weights packed beforehand, or None where this torch or device does not offer it.
 
     These are the operators that `torch.compile` puts in place of a linear layer. They sum each row in the same order

@@ -19,7 +19,7 @@ LAYERS = [
     {"vocabulary", "annotations", "images", "weights", "shapes", "tracking", "networks"},
     {"encoder", "decoder", "policies", "scoring", "teacher"},
     {"constraints", "prepared", "features", "dataset"},
-    {"decoding", "checkpoint"},
+    {"decoding", "checkpoint", "prepared_encoder"},
     {"explain", "card"},
     {"model"},
     {"preparation", "evaluation", "bulk", "reports", "reward"},
