@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def model_card(saved: Checkpoint) -> str:
     """The text of a model's README.md, with the front matter that the Hugging Face Hub reads."""
     training = saved.training
-    scores = training.get("scores", {})
+    scores, packed = training.get("scores", {}), training.get("scores_before_packing", {})
     named = f"`{Path(saved.encoder.weights).name}`, by reference"
     where = named if saved.encoder_state is None else "stored with the model"
     decoder = saved.decoder
@@ -37,10 +37,13 @@ def model_card(saved: Checkpoint) -> str:
         lines.append(f"- training data: {training['data']}; its terms hold for what is made from it")
     if "epoch" in training:
         lines.append(f"- epochs: {training['epoch']}, seed {training.get('seed')}")
-    if scores:
+    if training.get("start"):
+        lines.append(f"- trained on from the model `{training['start']}`, to raise the {training['objective']}")
+    if scores or packed:
         search = f"beam {saved.decoding.beam_size}" if saved.decoding.beam_size > 1 else "greedy search"
-        lines += ["", f"Scores on the validation split ({search}):", "", "| score | value |", "|---|---|"]
-        lines += [f"| {name} | {value:.4f} |" for name, value in scores.items()]
+        when = ", before its weights were rounded to 8 bits" if packed else ""
+        lines += ["", f"Scores on the validation split ({search}{when}):", "", "| score | value |", "|---|---|"]
+        lines += [f"| {name} | {value:.4f} |" for name, value in (scores or packed).items()]
     lines += [
         "",
         "```python",

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from filelock import FileLock
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from captioner import __version__, files, weights
@@ -63,7 +63,8 @@ def write(folder: Path, checkpoint: Checkpoint, card: str, *, packed: bool = Fal
     state = {_DECODER + name: tensor for name, tensor in checkpoint.decoder_state.items()}
     state |= {_ENCODER + name: tensor for name, tensor in (checkpoint.encoder_state or {}).items()}
     state = weights.pack(state) if packed else state
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    (folder / WEIGHTS).write_bytes(save(tensors))  # `save_file` would keep the file from everyone else
     checkpoint.vocabulary.save(folder / TOKENIZER)
     (folder / CARD).write_text(card, encoding="utf-8")
     config = {

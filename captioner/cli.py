@@ -75,7 +75,7 @@ class EvaluateArguments:
 
 @dataclass(frozen=True)
 class CompactArguments:
-    """Save a model with 8-bit weights, those of the CNN too: a quarter of the size, and hardly other captions.
+    """Save a model together with its CNN, in 8 bits: a quarter of what both take otherwise.
 
     It computes in bf16 where that is fast, whatever the precision that it was validated with.
     """

@@ -167,7 +167,7 @@ class OptimisationConfig:
     mirror: bool = False  # show the CNN half of the photos mirrored while it learns
     warmup_steps: int = 200  # the learning rate rises linearly over these steps, then falls along a cosine to 1 % of it
     gradient_clip: float = 5.0  # largest norm of the gradient
-    label_smoothing: float = 0.0  # share of the target probability that is spread over all words
+    label_smoothing: float = 0.0  # share of the target probability that is spread over all words; not of a reward
     patience: int = 5  # epochs without a better validation CIDEr before training stops
 
     def __post_init__(self) -> None:
@@ -216,8 +216,7 @@ class TrainingConfig:
             raise CaptionerError(
                 'optimisation.objective "cider" needs a model that writes already; give one with --start DIR'
             )
-        if not 0 <= self.seed < 2**32:
-            raise CaptionerError(f"seed is {self.seed}; expected 0 to {2**32 - 1}")
+        _seed(self.seed)
         _choice("precision", self.precision, Precision)
         _choice("tracking", self.tracking, Tracking)
 
@@ -226,11 +225,11 @@ class TrainingConfig:
 class DistillationConfig:
     """Train a CNN of this project to see what a teacher sees."""
 
-    data: Path  # a data set, as for training; its training photos are learned from, its captions are not read
+    data: Annotated[DataConfig, tyro.conf.arg(name="")]  # its training photos are learned from, its captions are not
     teacher: Path  # a network for photos in LiteRT's format (.tflite)
     output: Path  # folder of the run; the same command goes on with the run that it holds
-    photos: tuple[Path, ...] = ()  # more photos, or folders of photos
-    views: int = 5  # of each photo: the whole, and random parts
+    photos: tuple[Path, ...] = ()  # more photos, or folders of photos; those of the data set are passed over
+    views: int = 5  # of each photo: the whole, and random parts; all views are kept on disk, 120 KB each
     view_size: int = 144  # height and width that views are kept at, in pixels
     sizes: tuple[int, ...] = (64, 96, 96, 96, 128)  # height and width that the student sees, each for as many epochs
     epochs: int = 40  # passes over all photos, one view of each
@@ -250,6 +249,7 @@ class DistillationConfig:
             _at_least(name, getattr(self, name), 0)
         for name in ("learning_rate", "gradient_clip"):
             _positive(name, getattr(self, name))
+        _seed(self.seed)
         if not self.sizes or not all(32 <= size <= self.view_size for size in self.sizes):
             raise CaptionerError(f"sizes are {self.sizes}; expected numbers from 32 to view_size, {self.view_size}")
 
@@ -282,6 +282,11 @@ def _at_least(name: str, value: float, low: float) -> None:
 def _positive(name: str, value: float) -> None:
     if not 0 < value < math.inf:
         raise CaptionerError(f"{name} is {value}; expected more than 0")
+
+
+def _seed(value: int) -> None:
+    if not 0 <= value < 2**32:
+        raise CaptionerError(f"seed is {value}; expected 0 to {2**32 - 1}")
 
 
 def _share(name: str, value: float) -> None:
@@ -336,7 +341,7 @@ PRESETS: dict[str, tuple[str, TrainingConfig]] = {
             output=Path("runs/mini-cider"),
             start="runs/mini-joint",
             optimisation=OptimisationConfig(
-                objective="cider", epochs=4, batch_size=320, learning_rate=3e-5, warmup_steps=50
+                objective="cider", epochs=4, batch_size=320, learning_rate=5e-5, warmup_steps=50
             ),
         ),
     ),

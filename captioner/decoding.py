@@ -37,6 +37,7 @@ State = tuple[Tensor, ...]
 # Rows that the model computes at once. On a processor their logits should about stay in the cache; fewer rows would
 # wait more often for Python, which all threads share.
 _ROWS_CPU, _ROWS_GPU = 512, 32768
+_ROWS_THREAD = 64  # and so many are worth a thread of a processor
 
 
 class StepModel(Protocol):
@@ -197,14 +198,15 @@ def _policy(options: DecodingOptions, special: SpecialTokens, features: Tensor) 
 
 
 def _parts(features: Tensor, special: SpecialTokens, options: DecodingOptions) -> Sequence[Tensor]:
-    """Photos that are searched for at once; where they are too many for one part, equally many for each thread."""
+    """Photos that are searched for at once: not too many for the cache, and equally many for each thread."""
     policy = _policy(options, special, torch.zeros(0, 4096))
+    rows = policy.searches * policy.beams  # a photo
     cpu = features.device.type == "cpu"
-    together = max(1, (_ROWS_CPU if cpu else _ROWS_GPU) // (policy.searches * policy.beams))
-    count = math.ceil(len(features) / together)
-    if cpu and count > 1:
+    count = math.ceil(len(features) / max(1, (_ROWS_CPU if cpu else _ROWS_GPU) // rows))
+    if cpu:
         threads = torch.get_num_threads()
-        count = min(math.ceil(count / threads) * threads, len(features))
+        worthwhile = len(features) * rows // _ROWS_THREAD
+        count = min(max(count, min(math.ceil(count / threads) * threads, worthwhile)), len(features))
     return features.tensor_split(count) if count else ()
 
 

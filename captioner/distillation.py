@@ -12,18 +12,18 @@ import json
 import logging
 import math
 import time
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from accelerate.utils import set_seed
 from jaxtyping import Float
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name that everyone uses
 
-from captioner import checkpoint, images, run_folder, teacher, weights
-from captioner.annotations import load
+from captioner import checkpoint, files, images, preparation, run_folder, teacher, weights
 from captioner.config import DistillationConfig, EncoderConfig
 from captioner.encoder import Encoder
 from captioner.errors import CaptionerError
@@ -73,8 +73,7 @@ def distil(config: DistillationConfig) -> History:
     """
     settings = run_folder.claim(config, write=True)
     log.info("settings: %s", json.dumps(settings))
-    examples = load(config.data).split("train")
-    paths = [example.path for example in examples] + (images.find(config.photos) if config.photos else [])
+    paths = _photos(config)
     views = teacher.prepare(
         config.output / "views",
         Teacher(config.teacher),
@@ -86,6 +85,19 @@ def distil(config: DistillationConfig) -> History:
     return Distiller(config, views).run()
 
 
+def _photos(config: DistillationConfig) -> list[Path]:
+    """Photos to learn from: those of training, and others, unless they are of the data set too; all can be read."""
+    captions = preparation.read(config.data)
+    paths = [example.path for example in captions.split("train")]
+    known = {example.path.resolve() for example in captions.examples}
+    if config.photos:
+        paths += [path for path in dict.fromkeys(images.find(config.photos)) if path.resolve() not in known]
+    failures = images.Photos(paths, 32).check()
+    for error in failures.values():
+        log.warning("left out: %s", error)
+    return [path for number, path in enumerate(paths) if number not in failures]
+
+
 class Distiller:
     """The state of a run and the loop over it."""
 
@@ -95,7 +107,7 @@ class Distiller:
         photos = np.arange(len(views.pixels))
         self.held_out, self.photos = photos[::_HELD_OUT], np.delete(photos, photos[::_HELD_OUT])
         if not len(self.photos):
-            raise CaptionerError(f"{config.data}: has one photo for training; a student needs more")
+            raise CaptionerError(f"{config.data.data}: has one photo for training; a student needs more")
         set_seed(config.seed)
         encoder = Encoder(EncoderConfig("mini", "random", max(config.sizes)), trainable=True)
         self.student = Student(encoder, views.answers.shape[-1]).to(self.device)
@@ -133,7 +145,11 @@ class Distiller:
             with checkpoint.replacing(last) as folder:
                 save_file(_on_cpu(self.student.state_dict()), folder / _STUDENT)
                 run_folder.save_state(folder, history, self.optimiser)
-        save_file(_on_cpu(self.student.encoder.body.state_dict()), self.config.output / "encoder.safetensors")
+        path = self.config.output / "encoder.safetensors"
+        try:
+            files.write(path, save(_on_cpu(self.student.encoder.body.state_dict())))
+        except OSError as error:
+            raise CaptionerError(f"{path}: cannot be written ({error.strerror}); make room and run again") from None
         return history
 
     def _epoch(self) -> float:

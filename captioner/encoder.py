@@ -190,8 +190,8 @@ def _read(config: EncoderConfig) -> Mapping[str, Tensor]:
     path = Path(config.weights)
     if not is_file(path):
         raise WeightsError(
-            f"{path}: no such weight file for {config.name}; give a .safetensors or .pth file, or 'default'; "
-            "--encoder.name mini needs none"
+            f"{path}: no such weight file for {config.name}; give a .safetensors or .pth file, or use the CNN in the "
+            "box: --encoder.name mini --encoder.weights default"
         )
     return weights.read(path)
 

@@ -28,7 +28,7 @@ from captioner.vocabulary import Vocabulary
 
 Photo = Path | str | Image.Image
 
-_REMEDY = "use the one in the box (--model mini), give --model DIR, or train one: python train.py shapes"
+_REMEDY = 'give the folder of one, use the one in the box ("mini"), or train one: python train.py shapes'
 
 _NO_FILE = ("default", "random")  # what `EncoderConfig.weights` may be besides a path
 
@@ -135,7 +135,7 @@ class Captioner:
 
         Args:
             folder: of the model.
-            packed: write all weights, those of the CNN too, in 8 bits: a quarter of the size.
+            packed: write all weights, those of the CNN too, in 8 bits: a quarter of what both take otherwise.
 
         Raises:
             CheckpointError: it cannot be written, or the folder holds anything but a model; it stays as it was.
@@ -148,9 +148,11 @@ class Captioner:
 
     def write(self, folder: Path, *, packed: bool = False) -> None:
         """Write the model's files into a folder that exists."""
-        state = self.encoder.body.state_dict()
+        state, training = self.encoder.body.state_dict(), dict(self.training)
         if packed:  # what is identified is what will be read
             state = weights.unpack(weights.pack(state))
+            if "scores" in training:
+                training["scores_before_packing"] = training.pop("scores")
         stored = packed or not self.encoder.elsewhere  # others are named, and known again by their hash
         config = self.encoder.config
         if config.weights not in _NO_FILE:  # the model is to load from any working directory
@@ -164,7 +166,7 @@ class Captioner:
             vocabulary=self.vocabulary,
             decoder_state=self.decoder.state_dict(),
             encoder_state=state if stored else None,
-            training=self.training,
+            training=training,
         )
         checkpoint.write(folder, saved, model_card(saved), packed=packed)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from captioner import features, images
 from captioner.annotations import Annotations, Example, load
 from captioner.caption_files import ImageId
-from captioner.config import TrainingConfig
+from captioner.config import DataConfig, TrainingConfig
 from captioner.dataset import Source
 from captioner.encoder import Encoder
 from captioner.errors import AnnotationError, ImageError
@@ -45,15 +45,12 @@ class Data:
     val: Split
 
 
-def prepare(config: TrainingConfig, accelerator: Accelerator, state: Mapping[str, Tensor] | None = None) -> Data:
-    """Read and check the captions; compute the features that are not stored yet, where the encoder is frozen.
+def read(where: DataConfig) -> Annotations:
+    """Read and check the captions of a data set, and say what was wrong with them.
 
-    Args:
-        config: all settings.
-        accelerator: device and processes.
-        state: weights of the encoder, if they are not those that the settings name.
+    Raises:
+        AnnotationError: they cannot be read, or have problems that `where` does not allow.
     """
-    where = config.data
     captions = load(
         where.data,
         images=where.images,
@@ -62,6 +59,18 @@ def prepare(config: TrainingConfig, accelerator: Accelerator, state: Mapping[str
         val_share=where.val_share,
     )
     log.info("%s: %s", captions.name, captions.problems.report())
+    return captions
+
+
+def prepare(config: TrainingConfig, accelerator: Accelerator, state: Mapping[str, Tensor] | None = None) -> Data:
+    """Read and check the captions; compute the features that are not stored yet, where the encoder is frozen.
+
+    Args:
+        config: all settings.
+        accelerator: device and processes.
+        state: weights of the encoder, if they are not those that the settings name.
+    """
+    captions = read(config.data)
     trainable = config.optimisation.encoder_learning_rate > 0
     encoder = Encoder(config.encoder, state, trainable=trainable).to(accelerator.device)
     splits = {name: captions.split(name) for name in ("train", "val")}
@@ -76,7 +85,7 @@ def prepare(config: TrainingConfig, accelerator: Accelerator, state: Mapping[str
     else:
         with accelerator.main_process_first():
             store, failures = stored_features(
-                captions, examples, encoder, where.features, shown=accelerator.is_main_process
+                captions, examples, encoder, config.data.features, shown=accelerator.is_main_process
             )
         source, row_of = store.features(), store.row_of
 

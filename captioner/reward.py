@@ -7,13 +7,14 @@ captions, the log-probability of its words is weighed (Luo 2020, "A better varia
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - the name that everyone uses
 
 from captioner.annotations import Example
 from captioner.config import DecodingOptions
@@ -39,14 +40,27 @@ class Drawn:
 class Reward:
     """What drawn captions are worth, by the human captions of the training photos."""
 
-    def __init__(self, examples: Sequence[Example], rows: npt.NDArray[np.int64], vocabulary: Vocabulary) -> None:
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        rows: npt.NDArray[np.int64],
+        vocabulary: Vocabulary,
+        options: DecodingOptions | None = None,
+    ) -> None:
         """Prepare the references. `[end]` is one of their words, so that a caption which breaks off is worth less.
 
         Args:
             examples: photos with their captions.
             rows: row of the source of each example, `(examples,)`.
             vocabulary: words are compared by their ids.
+            options: whose precision and longest length count.
         """
+        options = options or DecodingOptions()
+        # An empty caption may be drawn too: what can be drawn must be what the model gives probability to.
+        self._options = DecodingOptions(
+            "sample", num_captions=_DRAWN, min_words=0, max_words=options.max_words, precision=options.precision
+        )
+        self._never = torch.tensor([vocabulary.pad, vocabulary.start, vocabulary.unk])
         ids = iter(vocabulary.encode([caption for example in examples for caption in example.captions]))
         pairs = zip(rows.tolist(), examples, strict=True)
         self._cider = CiderD({row: [next(ids)[1:] for _ in example.captions] for row, example in pairs})
@@ -62,7 +76,7 @@ class Reward:
             seed: decides, together with the features, what is drawn.
         """
         vocabulary = self._vocabulary
-        options = DecodingOptions("sample", num_captions=_DRAWN, seed=seed)
+        options = replace(self._options, seed=seed)
         found = decode(PreparedDecoder(decoder, options.precision), features, vocabulary, options)
         captions = [[*one.tokens, *([vocabulary.end] if one.finished else [])] for some in found for one in some]
         rows = [row for row in batch.rows.tolist() for _ in range(_DRAWN)]
@@ -77,3 +91,17 @@ class Reward:
         weights = torch.from_numpy(advantages).float().flatten().repeat_interleave(lengths - 1)
         drawn = Batch(batch.photos, batch.rows, photo, tokens, lengths).to(features.device)
         return Drawn(drawn, weights.to(features.device), float(scores.mean()))
+
+    def loss(self, logits: Float[Tensor, "words vocabulary"], drawn: Drawn) -> Float[Tensor, ""]:
+        """What has the gradient of minus the expected reward.
+
+        The probability of a word is that among the words that could be drawn: those that never are would only ever
+        gain by what the others lose.
+
+        Args:
+            logits: of the batch of `drawn`.
+            drawn: captions and what they are worth.
+        """
+        possible = logits.float().index_fill(1, self._never.to(logits.device), -torch.inf)
+        losses = F.cross_entropy(possible, drawn.batch.targets, reduction="none")
+        return (losses * drawn.weights).mean()

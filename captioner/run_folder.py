@@ -26,7 +26,7 @@ from captioner.errors import CaptionerError, CheckpointError
 # Settings that may differ between two starts of one run: where things lie (what they hold is compared by its content),
 # and what is reported where.
 _FREE = {"output", "tracking", "project", "data.data", "data.images", "data.features", "encoder.weights"}
-_FREE |= {"data", "photos", "teacher"}  # of a distillation
+_FREE |= {"photos", "teacher"}  # of a distillation
 _STATE, _HISTORY = "training_state.safetensors", "training.json"
 
 

@@ -1,6 +1,6 @@
 """Photos -> views, and what a teacher sees in each: what `distillation` learns from.
 
-A view is a photo whole, or a random part of it. The teacher looks at the very pixels that the student will get, for
+A view is a photo whole, or a random part of it. The teacher looks at the part that the student will get, for
 "consistent teaching" (Beyer et al. 2022, "Knowledge distillation: a good teacher is patient and consistent"), once:
 its answers are kept on disk, since it is slow and the student looks at every view many times.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -55,12 +56,12 @@ class Teacher:
             ) from None
         if not path.is_file():
             raise WeightsError(f"{path}: no such file; give the teacher's .tflite file with --teacher")
-        # The map is inside the network, which the package calls a matter for debugging.
-        warnings.filterwarnings("ignore", message=".*experimental_preserve_all_tensors")
         self.sha256 = files.sha256(path)
 
         def load() -> Interpreter:
-            loaded = Interpreter(str(path), experimental_preserve_all_tensors=True, num_threads=1)
+            with warnings.catch_warnings():  # the map is inside the network: a matter for debugging, says the package
+                warnings.simplefilter("ignore")
+                loaded = Interpreter(str(path), experimental_preserve_all_tensors=True, num_threads=1)
             loaded.allocate_tensors()
             return loaded
 
@@ -79,8 +80,9 @@ class Teacher:
             and tensor["shape"][0] == 1
             and min(tensor["shape"][1:3]) > 1
         ]
-        self._input, self.size = int(given["index"]), int(given["shape"][1])
-        photo = given["dtype"] is np.uint8 and tuple(given["shape"]) == (1, self.size, self.size, 3)
+        shape = tuple(int(n) for n in given["shape"])
+        self._input, self.size = int(given["index"]), shape[1] if len(shape) == 4 else 0
+        photo = given["dtype"] is np.uint8 and shape == (1, self.size, self.size, 3)
         last = maps[-1] if maps else given
         if not photo or last["index"] == self._input or last["dtype"] is not np.uint8 or last["quantization"][1] != 0:
             raise WeightsError(
@@ -101,7 +103,10 @@ class Teacher:
         Returns:
             The map in units of `scale`, `shape`.
         """
-        interpreter = self._idle.pop() if self._idle else self._load()
+        try:
+            interpreter = self._idle.pop()
+        except IndexError:
+            interpreter = self._load()
         interpreter.set_tensor(self._input, pixels[None])
         interpreter.invoke()
         answer: npt.NDArray[np.uint8] = interpreter.get_tensor(self._map)[0]
@@ -153,6 +158,9 @@ def prepare(
             np.lib.format.open_memmap(folder / name, "r+" if done else "w+", np.uint8, None if done else shape)
             for name, shape in shapes.items()
         )
+        if not done:  # a disk that fills is an error now, and the death of the process once it is written to in memory
+            for name, array in ((_PIXELS, pixels), (_ANSWERS, answers)):
+                _reserve(folder / name, array.nbytes)
 
         def look(photo: int) -> None:
             whole = images.load(paths[photo], teacher.size)
@@ -172,11 +180,19 @@ def prepare(
                 pixels.flush()
                 answers.flush()
                 files.write(note, json.dumps({**stamp, "done": done}) + "\n")
+    except ValueError as error:
+        raise CaptionerError(f"{folder}: damaged ({error}); delete it") from None
     except OSError as error:
         raise CaptionerError(
             f"{folder}: cannot be written ({error.strerror}); make room, or give another folder"
         ) from None
     return Views(pixels, answers, teacher.scale)
+
+
+def _reserve(path: Path, size: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
 
 
 def _done(note: Path, stamp: dict[str, Any]) -> int:

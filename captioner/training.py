@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from captioner.config import TrainingConfig
 from captioner.dataset import Batch, CaptionDataset
 from captioner.decoder import Decoder
 from captioner.encoder import Encoder
-from captioner.errors import CaptionerError, CheckpointError, ImageError
+from captioner.errors import CaptionerError, CheckpointError, ImageError, WeightsError
 from captioner.evaluation import describe
 from captioner.model import Caption, Captioner
 from captioner.preparation import Data, prepare
@@ -94,7 +95,12 @@ def train(config: TrainingConfig) -> History:
         raise CaptionerError(f"--precision {config.precision} cannot be used: {error}") from None
     start = None
     if config.start is not None:
-        start = Captioner.from_pretrained(config.start, device="cpu")
+        try:
+            start = Captioner.from_pretrained(config.start, device="cpu")
+        except WeightsError:
+            if config.encoder.weights == "default":
+                raise
+            start = Captioner.from_pretrained(config.start, encoder_weights=config.encoder.weights, device="cpu")
         config = dataclasses.replace(config, encoder=start.encoder.config, decoder=start.decoder.config)
     settings = run_folder.claim(config, write=accelerator.is_main_process)
     log.info("settings: %s", json.dumps(settings))
@@ -129,7 +135,10 @@ class Trainer:
         decoder = Decoder(config.decoder, len(vocabulary))
         if start:
             decoder.load_state_dict(start.decoder.state_dict())
-        self.reward = Reward(data.train.examples, data.train.rows, vocabulary) if options.objective == "cider" else None
+        self.reward = None
+        if options.objective == "cider":
+            draws = dataclasses.replace(config.decoding, precision="fp32" if config.precision == "fp32" else "auto")
+            self.reward = Reward(data.train.examples, data.train.rows, vocabulary, draws)
         groups: list[dict[str, Any]] = [{"params": list(decoder.parameters()), "lr": options.learning_rate}]
         if data.encoder.trainable:
             groups.append({"params": list(data.encoder.parameters()), "lr": options.encoder_learning_rate})
@@ -255,10 +264,12 @@ class Trainer:
         with torch.no_grad():
             features = network.features(batch)
         drawn = self.reward.draw(network.decoder, features, batch, seed=seed)
+        if not len(drawn.batch.targets):  # a network whose weights are no numbers writes nothing
+            self._finite(math.nan)
         with self.accelerator.autocast():
             logits = self.network(drawn.batch)
-        losses = F.cross_entropy(logits.float(), drawn.batch.targets, reduction="none")
-        return (losses * drawn.weights).mean(), torch.full_like(losses[0].detach(), -drawn.reward)
+        loss = self.reward.loss(logits, drawn)
+        return loss, 0 * loss.detach() - drawn.reward  # no number where the loss is none
 
     @torch.inference_mode()
     def _validate(self) -> tuple[list[Caption], dict[str, float]]:
@@ -344,6 +355,8 @@ class Trainer:
             "train_sha256": run_folder.fingerprint(self.data.train.examples),
             "val_share": self.config.data.val_share,
             "restval": self.config.data.restval,
+            "start": None if self.config.start is None else Path(self.config.start).name,
+            "objective": self.config.optimisation.objective,
             "epoch": history.epoch,
             "seed": self.config.seed,
             "seconds": round(history.seconds, 1),

@@ -270,7 +270,7 @@ def test_no_pickle_is_ever_loaded(folder: Path) -> None:
 
 
 def test_no_folder_at_all(tmp_path: Path) -> None:
-    fails(tmp_path / "nothing", r"nothing: no such model; use the one in the box \(--model mini\), give --model")
+    fails(tmp_path / "nothing", r"nothing: no such model; give the folder of one, use the one in the box")
     with pytest.raises(CheckpointError, match="nothing: no such folder; expected a saved model or the output of train"):
         checkpoint.read(tmp_path / "nothing")
     (tmp_path / "file").touch()

@@ -196,7 +196,7 @@ def test_folders_and_files_that_are_not_there(
 
 def test_no_model(tmp_path: Path, photos: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path / "nothing", photos[0]) == 2
-    assert "nothing: no such model; use the one in the box (--model mini)" in one_line(capsys)
+    assert 'nothing: no such model; give the folder of one, use the one in the box ("mini")' in one_line(capsys)
     assert run(photos[0].parent, photos[0]) == 2
     assert "photos: not a saved model, it has no config.json" in one_line(capsys)
 

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import isolated, make_data  # noqa: F401
+from helpers import isolated, make_data, make_photo  # noqa: F401
 from safetensors.torch import load_file
 from test_teacher import Colours
 
 from captioner import cli, distillation
-from captioner.config import DistillationConfig, EncoderConfig
+from captioner.annotations import load
+from captioner.config import DataConfig, DistillationConfig, EncoderConfig
 from captioner.distillation import Distiller, _augment, _mix, distil
 from captioner.encoder import Encoder
 from captioner.errors import CaptionerError, CheckpointError
@@ -33,7 +34,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def configuration(pictures: Path, output: Path, **changes: Any) -> DistillationConfig:
     config = DistillationConfig(
-        data=pictures,
+        data=DataConfig(pictures),
         teacher=Path("colours.tflite"),
         output=output,
         photos=(pictures / "images",),
@@ -104,8 +105,31 @@ def test_other_settings_need_another_folder(pictures: Path, tmp_path: Path) -> N
         distil(config)
 
 
+def test_which_photos_are_learned_from(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those of training and others, each once, but none of validation, and none that cannot be read."""
+    caplog.set_level(logging.WARNING, "captioner")
+    others = tmp_path / "others"
+    others.mkdir()
+    make_photo(others / "good.png")
+    (others / "bad.png").write_bytes(b"rubbish")
+    monkeypatch.chdir(pictures.parent)
+    found = distillation._photos(
+        configuration(pictures, tmp_path, photos=(others, pictures / "images", Path(pictures.name), others))
+    )
+    training = [example.path for example in load(pictures).split("train")]
+    assert found == [*training, others / "good.png"]
+    assert [record.message for record in caplog.records] == [
+        f"left out: {others / 'bad.png'}: not a photo; expected JPEG, PNG, WebP, GIF, BMP or TIFF"
+    ]
+    assert configuration(pictures, tmp_path, seed=1).seed == 1
+    with pytest.raises(CaptionerError, match="seed is -1; expected 0 to 4294967295"):
+        configuration(pictures, tmp_path, seed=-1)
+
+
 def test_photos_held_out_are_not_learned_from() -> None:
-    config = DistillationConfig(Path("data"), Path("teacher"), Path("output"))
+    config = DistillationConfig(DataConfig(Path("data")), Path("teacher"), Path("output"))
     run = Distiller(config, random_views(101))
     assert run.held_out.tolist() == [0, 50, 100]
     assert sorted([*run.photos, *run.held_out]) == list(range(101))
@@ -114,7 +138,7 @@ def test_photos_held_out_are_not_learned_from() -> None:
 
 
 def test_the_loss_is_the_share_of_variance_that_is_not_explained() -> None:
-    run = Distiller(DistillationConfig(Path("data"), Path("teacher"), Path("output")), random_views(200))
+    run = Distiller(DistillationConfig(DataConfig(Path("data")), Path("teacher"), Path("output")), random_views(200))
     photos = run.photos
     pixels, roots = run._batch(photos, np.zeros(len(photos), np.int64))
     answers = run.views.answers[photos, 0].transpose(0, 3, 1, 2) * run.views.scale
@@ -154,7 +178,9 @@ def test_mixing_keeps_photo_and_answer_together() -> None:
 
 
 def test_a_loss_that_is_no_number(pictures: Path, tmp_path: Path) -> None:
-    with pytest.raises(CaptionerError, match=r"^the loss is nan at step \d+; what was saved before is kept: lower"):
+    with pytest.raises(
+        CaptionerError, match=r"^the loss is (nan|inf) at step \d+; what was saved before is kept: lower"
+    ):
         distil(configuration(pictures, tmp_path, learning_rate=1e30, warmup_steps=0))
     assert not (tmp_path / "encoder.safetensors").exists()
 

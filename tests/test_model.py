@@ -288,7 +288,7 @@ def test_an_unknown_name_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exc
         Captioner.from_pretrained("no/model")
     assert str(caught.value) == (
         "no/model: no such model here, nor on the Hugging Face Hub (Cannot find it); "
-        "use the one in the box (--model mini), give --model DIR, or train one: python train.py shapes"
+        'give the folder of one, use the one in the box ("mini"), or train one: python train.py shapes'
     )
 
 
@@ -305,7 +305,7 @@ def test_what_is_no_name_on_the_hub_is_not_asked_for(
     with pytest.raises(CheckpointError, match="no such model") as caught:
         Captioner.from_pretrained(name)
     assert re.fullmatch(
-        rf"{name}: no such model( \(.+\))?; use the one in the box \(--model mini\), .* python train.py shapes",
+        rf"{name}: no such model( \(.+\))?; give the folder of one, .*\(\"mini\"\), .* python train.py shapes",
         str(caught.value),
     )
 

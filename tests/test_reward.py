@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import data, isolated, make_config, make_model  # noqa: F401
-from torch.nn import functional as F  # noqa: N812
 
 from captioner import Captioner, checkpoint
 from captioner.annotations import Example
@@ -88,11 +87,24 @@ def test_its_gradient_raises_the_expected_reward(model: Captioner, examples: lis
         rewards.append(drawn.reward)
         found = drawn.batch
         logits = decoder(found.photos[found.photo], found.inputs, found.keep)
-        loss = (F.cross_entropy(logits, found.targets, reduction="none") * drawn.weights).mean()
+        loss = reward.loss(logits, drawn)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
     assert np.mean(rewards[-10:]) > 2 * np.mean(rewards[:10])
+
+
+def test_what_is_never_drawn_gains_nothing(model: Captioner, examples: list[Example]) -> None:
+    vocabulary, batch = model.vocabulary, some_batch(4)
+    reward = Reward(examples, np.arange(10, 14), vocabulary)
+    drawn = reward.draw(model.decoder, batch.photos, batch, seed=1)
+    found = drawn.batch
+    logits = model.decoder(found.photos[found.photo], found.inputs, found.keep).detach().requires_grad_()
+    reward.loss(logits, drawn).backward()
+    assert logits.grad is not None
+    gains = logits.grad.abs().sum(0) > 0
+    never = {vocabulary.pad, vocabulary.start, vocabulary.unk}
+    assert {index for index, gain in enumerate(gains.tolist()) if not gain} == never
 
 
 # Training ----------------------------------------------------------------------------------------------------------
@@ -160,3 +172,14 @@ def test_a_reward_needs_a_model_that_writes(data: Path, tmp_path: Path) -> None:
         CaptionerError, match=r'objective "cider" needs a model that writes already; give one with --st'
     ):
         make_config(data, tmp_path, objective="cider")
+
+
+def test_a_model_that_writes_nothing(data: Path, tmp_path: Path) -> None:
+    first = make_config(data, tmp_path / "first", epochs=1)
+    train(first)
+    broken = Captioner.from_pretrained(tmp_path / "first")
+    torch.nn.init.constant_(broken.decoder.output.weight, torch.nan)
+    broken.save_pretrained(tmp_path / "broken")
+    config = second(replace(first, output=tmp_path / "broken"), tmp_path / "second", objective="cider")
+    with pytest.raises(CaptionerError, match=r"^the loss is nan at step 0; the checkpoints of earlier epochs are kept"):
+        train(config)
