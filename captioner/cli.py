@@ -56,7 +56,7 @@ class EvaluateArguments:
     results: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()  # one or two files in COCO's result format
     results_file: Annotated[Path | None, tyro.conf.arg(name="results")] = None  # the same, as an option
     references: Path | None = None  # human captions: any caption file or folder that --data takes; no photos needed
-    model: str | None = None  # folder of a saved model or of a training run, or owner/name on the Hugging Face Hub
+    model: str | None = None  # folder of a saved model or of a training run, owner/name on the Hub, or "mini"
     encoder_weights: Annotated[str | None, tyro.conf.arg(name="encoder.weights")] = None  # where the CNN's weights are
     data: Path | None = None  # photos and captions: a folder in a known layout, or a caption file
     images: Path | None = None  # folder of the photos, where the layout does not say it
@@ -80,7 +80,7 @@ class CompactArguments:
     It computes in bf16 where that is fast, whatever the precision that it was validated with.
     """
 
-    model: Annotated[str, tyro.conf.Positional]  # a saved model or training run, or owner/name on the Hub
+    model: Annotated[str, tyro.conf.Positional]  # a saved model or training run, owner/name on the Hub, or "mini"
     folder: Annotated[Path, tyro.conf.Positional]  # folder to save to
     encoder_weights: Annotated[str | None, tyro.conf.arg(name="encoder.weights")] = None  # where the CNN's weights are
 

@@ -43,7 +43,7 @@ class EncoderConfig:
     """The CNN that looks."""
 
     name: EncoderName = "vgg16"  # network of torchvision; "mini" and "tiny" are this project's own
-    weights: str = "default"  # "default" (torchvision's, downloaded once), a .safetensors or .pth file, or "random"
+    weights: str = "default"  # "default" (torchvision's, downloaded once, or in the box), a .safetensors or .pth file, or "random"
     image_size: int = 224  # photos are resized to this height and width, in pixels
 
     def __post_init__(self) -> None:
@@ -192,7 +192,7 @@ class TrainingConfig:
 
     data: Annotated[DataConfig, tyro.conf.arg(name="")]
     output: Path  # folder of the run; the same command goes on with the run that it holds
-    start: str | None = None  # saved model to begin with; encoder, decoder and words are then as it has them
+    start: str | None = None  # model to begin with (as for captioning); encoder, decoder and words are then its own
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     optimisation: OptimisationConfig = field(default_factory=OptimisationConfig)

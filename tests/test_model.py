@@ -209,8 +209,11 @@ def test_packed_models_are_a_quarter_of_the_size(
     by_reference: tuple[Captioner, Path], tmp_path: Path, photos: list[Path]
 ) -> None:
     model, path = by_reference
+    model.training["scores"] = {"cider": 1.5}
     model.save_pretrained(tmp_path / "whole")
     model.save_pretrained(tmp_path / "packed", packed=True)
+    mode, other = ((tmp_path / "packed" / name).stat().st_mode for name in (WEIGHTS, "config.json"))
+    assert mode == other  # whoever may read one of the files may read all
     path.unlink()  # a packed model has its encoder in itself
     found = Captioner.from_pretrained(tmp_path / "packed")
     assert found.encoder.config.weights == path.name  # where it was is nobody else's business
@@ -222,6 +225,11 @@ def test_packed_models_are_a_quarter_of_the_size(
     assert size < numbers + 4 * (rows + others) + 8000  # and the names
     assert sentences(found, photos) == sentences(model, photos)
     assert found.encoder.weights_sha256 != model.encoder.weights_sha256  # rounded weights are others
+    assert found.training["scores_before_packing"] == {"cider": 1.5}  # nobody scored the rounded weights
+    assert "scores" not in found.training
+    card = (tmp_path / "packed" / "README.md").read_text()
+    assert "(beam 3, before its weights were rounded to 8 bits)" in card
+    assert "| cider | 1.5000 |" in card
     found.save_pretrained(tmp_path / "again", packed=True)
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "packed" / WEIGHTS).read_bytes()
 
