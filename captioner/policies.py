@@ -239,7 +239,7 @@ def smallest(
         padding = (0, count - size)
         return torch.nn.functional.pad(value, padding, value=torch.inf), torch.nn.functional.pad(index, padding)
     layers = size // _COLUMNS
-    if values.device.type != "cpu" or layers < 4 or count > _COLUMNS // 8:
+    if values.device.type != "cpu" or layers < 8 or count > _COLUMNS // 8:
         return values.topk(count, dim=1, largest=False)
     # The bits of floating point numbers that are not negative are in order as integers, which are compared faster.
     bits = values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])

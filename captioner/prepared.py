@@ -61,7 +61,6 @@ class PreparedDecoder:
         self.cell = decoder.config.cell
         self.layers = decoder.config.layers
         self.dtype = dtype_for(precision, decoder.output.weight.device)
-        self.initial = linear(decoder.initial.weight.float(), decoder.initial.bias.float())
         weights = [self._weights(layer) for layer in range(self.layers)]
         w_ih, w_hh, b_ih, b_hh = weights[0]
         if self.cell == "gru":  # the reset gate comes between the hidden bias and the sum, so that one stays apart
@@ -74,6 +73,7 @@ class PreparedDecoder:
         def rounded(weight: Tensor, bias: Tensor) -> Layer:
             return linear(weight.to(self.dtype), bias.float())
 
+        self.initial = rounded(decoder.initial.weight, decoder.initial.bias)
         self.hidden = [rounded(w_hh, hidden_bias)] + [rounded(w, b) for _, w, _, b in weights[1:]]
         self.input = [rounded(w, b) for w, _, b, _ in weights[1:]]
         weight, bias = decoder.output.weight, decoder.output.bias.float()
@@ -82,7 +82,7 @@ class PreparedDecoder:
             self.output = rounded(weight, bias - self._level())
 
     def start(self, features: Float[Tensor, "batch 4096"]) -> State:
-        """The hidden state that a photo sets; computed in fp32.
+        """The hidden state that a photo sets.
 
         Args:
             features: what the encoder saw, `(batch, 4096)`.
@@ -92,7 +92,8 @@ class PreparedDecoder:
             number of each row, `(1, batch, 1)`. Rows of a state may be taken, left out and repeated: those of one
             number are the same. States are not to be joined.
         """
-        h0, *c0 = self._decoder.arrange(self.initial(self._decoder.normalise(features.float())))
+        normalised = self._decoder.normalise(features.float()).to(self.dtype)
+        h0, *c0 = self._decoder.arrange(self.initial(normalised).float())
         return (h0.to(self.dtype), *(c.float() for c in c0), _numbers(h0))
 
     def step(self, tokens: Int[Tensor, " batch"], state: State) -> tuple[Float[Tensor, "batch vocabulary"], State]:

@@ -70,6 +70,24 @@ def test_golden(mini: Captioner) -> None:
         assert caption.logprob == pytest.approx(golden[name]["logprob"], abs=1e-3), name
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("astronaut", {"man", "woman", "girl", "boy", "person"}),
+        ("camera", {"man", "person"}),
+        ("motorcycle", {"motorcycle", "motorbike", "bike", "bicycle"}),
+        ("chelsea", {"cat", "dog", "animal"}),  # a cat, which the model has hardly seen: an animal is what can be asked
+    ],
+)
+def test_captions_are_about_the_photo(mini: Captioner, name: str, words: set[str]) -> None:
+    for options in (exact(mini), mini.options):
+        assert words & set(mini.caption(PHOTOS[name], options).tokens)
+
+
+def test_photos_get_captions_of_their_own(mini: Captioner) -> None:
+    assert len({mini.caption(path, exact(mini)).text for path in PHOTOS.values()}) == len(PHOTOS)
+
+
 def test_the_cnn_of_the_box_is_for_everyone(mini: Captioner) -> None:
     encoder = Encoder(EncoderConfig("mini", "default", mini.encoder.config.image_size))
     assert encoder.weights_sha256 == mini.encoder.weights_sha256
