@@ -1,9 +1,9 @@
 """Distillation: `mini` learns to see what a teacher sees, without labels (Hinton et al. 2015, Romero et al. 2015).
 
 The student's last map is turned linearly into the teacher's channels. Both are averaged onto a grid of places of 32
-pixels, one of 2 x 2 and a single place, and the squared differences are taken there, in units of each channel's standard deviation: a
-channel that is always small counts like any other. The teacher's numbers enter by their square root, as features do
-in the decoder. Nothing of the teacher remains in the student.
+pixels, one of 2 x 2 and a single place, and the squared differences are taken there, in units of each channel's
+standard deviation: a channel that is always small counts like any other. The teacher's numbers enter by their square
+root, as features do in the decoder. Nothing of the teacher remains in the student.
 """
 
 from __future__ import annotations
