@@ -43,9 +43,7 @@ class EncoderConfig:
     """The CNN that looks."""
 
     name: EncoderName = "vgg16"  # network of torchvision; "mini" and "tiny" are this project's own
-    weights: str = (
-        "default"  # "default" (torchvision's, downloaded once, or in the box), a .safetensors or .pth file, or "random"
-    )
+    weights: str = "default"  # "default" (torchvision's, downloaded once; mini's are here), "random", or a weights file
     image_size: int = 224  # photos are resized to this height and width, in pixels
 
     def __post_init__(self) -> None:

@@ -164,11 +164,12 @@ def search(
         bans.follow(choice)
         steps.append(Step(logprob, choice, considered))
 
-        # A beam goes on while it can still be among the best, and a search until as many ended as it has beams.
+        # A search goes on until as many captions ended as it has beams, or none of its beams can be among the best.
+        # To drop a single beam sooner would let worse captions end in its place, and so end the search too early.
         ended = ended + (choice.ended > -torch.inf).sum(dim=1)
         best = torch.cat([best, _score(choice.ended, time + 1, options)], dim=1).topk(policy.wanted).values
-        promising = _score(choice.logprob, options.max_words, options) > best[:, -1:]
-        logprob = choice.logprob.masked_fill(~promising | (ended >= policy.quota)[:, None], -torch.inf)
+        promising = (_score(choice.logprob, options.max_words, options) > best[:, -1:]).any(dim=1)
+        logprob = choice.logprob.masked_fill((~promising | (ended >= policy.quota))[:, None], -torch.inf)
 
         before, rows = rows, roster.survivors(logprob)
         if not len(rows):

@@ -77,7 +77,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 @pytest.fixture
 def model(data: Path, tmp_path: Path) -> Path:
     known = fingerprint(load(data).split("train"))
-    options = DecodingOptions(max_words=6, beam_size=2, min_words=2)
+    options = DecodingOptions(max_words=6, beam_size=2, min_words=2, precision="fp32")
     captioner = make_model(options=options, data="tiny", epoch=2, train_sha256=known)
     captioner.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
