@@ -101,9 +101,17 @@ class DecodingOptions:
         Raises:
             CaptionerError: a setting is out of its range, or two contradict each other.
         """
-        for name in ("beam_size", "num_captions", "max_words", "beam_groups"):
-            if getattr(self, name) < 1:
-                raise CaptionerError(f"{name} is {getattr(self, name)}; expected 1 or more")
+        for name, least, most in (
+            ("beam_size", 1, 1000),
+            ("num_captions", 1, 100_000 if self.method == "sample" else 1000),
+            ("max_words", 1, 500),
+            ("beam_groups", 1, 1000),
+            ("gnmt_alpha", 0, 10),
+            ("diversity", 0, 1000),
+            ("temperature", 0.001, 1000),
+        ):
+            if not least <= getattr(self, name) <= most:
+                raise CaptionerError(f"{name} is {getattr(self, name)}; expected {least} to {most}")
         for name in ("min_words", "no_repeat_ngram", "top_k"):
             if getattr(self, name) < 0:
                 raise CaptionerError(f"{name} is {getattr(self, name)}; expected 0 or more")
@@ -111,11 +119,6 @@ class DecodingOptions:
             raise CaptionerError(
                 f"min_words is {self.min_words} and max_words {self.max_words}; expected min_words <= max_words"
             )
-        for name in ("gnmt_alpha", "diversity"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise CaptionerError(f"{name} is {getattr(self, name)}; expected a number of 0 or more")
-        if not 0 < self.temperature < math.inf:
-            raise CaptionerError(f"temperature is {self.temperature}; expected a number above 0")
         for name in ("top_p", "typical_p"):
             if not 0 < getattr(self, name) <= 1:
                 raise CaptionerError(f"{name} is {getattr(self, name)}; expected a probability above 0, and 1 at most")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import product
 from typing import Protocol, runtime_checkable
 
@@ -50,6 +51,21 @@ def word_ids(special: SpecialTokens, phrase: str, setting: str) -> tuple[int, ..
     return ids
 
 
+def forbidden_ids(special: SpecialTokens, options: DecodingOptions) -> set[int]:
+    """The ids of `forbidden_words`; a word that the vocabulary lacks is never written anyway.
+
+    Raises:
+        CaptionerError: one of them is not one word.
+    """
+    found: set[int] = set()
+    for word in options.forbidden_words:
+        ids = word_ids(special, word, "forbidden_words")
+        if len(ids) > 1:
+            raise CaptionerError(f"forbidden_words: {word!r} is {len(ids)} words; expected one word in each")
+        found.update(ids)
+    return found
+
+
 class Bans:
     """Words that may not come next get probability 0, a surprisal of inf; the other probabilities stay as they are."""
 
@@ -65,12 +81,7 @@ class Bans:
         Raises:
             CaptionerError: a forbidden word is not one word.
         """
-        never = {special.pad, special.start, special.unk}
-        for word in options.forbidden_words:
-            ids = word_ids(special, word, "forbidden_words")
-            if len(ids) > 1:
-                raise CaptionerError(f"forbidden_words: {word!r} is {len(ids)} words; expected one word in each")
-            never.update(ids)  # one that the vocabulary lacks is never written anyway
+        never = {special.pad, special.start, special.unk} | forbidden_ids(special, options)
         self._never = torch.tensor(sorted(never), device=device)
         self._end = special.end
         self._min_words = options.min_words
@@ -112,6 +123,21 @@ class Automaton:
     met before; this is the finite-state machine of Anderson et al. 2017, with the phrases of Post & Vilar 2018.
     """
 
+    @classmethod
+    def of(cls, options: DecodingOptions, special: SpecialTokens) -> Automaton:
+        """The one for `required_words`, remembered from search to search.
+
+        Raises:
+            CaptionerError: a required word is unknown or forbidden, they are too many, or do not fit into a caption.
+        """
+        automaton = _automaton(tuple(_alternatives(entry, special, options) for entry in options.required_words))
+        if automaton.needed[0] > options.max_words:
+            raise CaptionerError(
+                f"required_words are {automaton.needed[0]} words and max_words is {options.max_words}; "
+                "expected max_words to have room for them"
+            )
+        return automaton
+
     def __init__(self, requirements: Sequence[Sequence[tuple[int, ...]]]) -> None:
         """Build the tables.
 
@@ -126,11 +152,11 @@ class Automaton:
         prefixes = sorted(
             {phrase[:n] for phrase, _ in phrases for n in range(len(phrase) + 1)}, key=lambda p: (len(p), p)
         )
-        sets = [frozenset(i for i, bit in enumerate(bits) if bit) for bits in product((0, 1), repeat=len(requirements))]
-        if len(prefixes) * len(sets) > _MOST_STATES:
+        if len(prefixes) << len(requirements) > _MOST_STATES:
             raise CaptionerError(
                 f"required_words has {len(requirements)} entries, too many to search for together; expected 6 or so"
             )
+        sets = [frozenset(i for i, bit in enumerate(bits) if bit) for bits in product((0, 1), repeat=len(requirements))]
         places = {(prefix, met): i for i, (met, prefix) in enumerate(product(sets, prefixes))}
 
         def following(prefix: tuple[int, ...], met: frozenset[int], word: int) -> int:
@@ -162,6 +188,9 @@ class Automaton:
         return needed
 
 
+_automaton = lru_cache(maxsize=8)(Automaton)
+
+
 class ConstrainedBeamSearch:
     """Beam search in which every caption that ends has what is required.
 
@@ -184,14 +213,9 @@ class ConstrainedBeamSearch:
             device: where they are.
 
         Raises:
-            CaptionerError: a required word is unknown or forbidden, or all together do not fit into a caption.
+            CaptionerError: see `Automaton.of`.
         """
-        automaton = Automaton([_alternatives(entry, special, options) for entry in options.required_words])
-        if automaton.needed[0] > options.max_words:
-            raise CaptionerError(
-                f"required_words are {automaton.needed[0]} words and max_words is {options.max_words}; "
-                "expected max_words to have room for them"
-            )
+        automaton = Automaton.of(options, special)
         self.width = self.quota = options.width
         self.banks = automaton.needed[0] + 1
         self.beams = self.width * self.banks
@@ -228,7 +252,7 @@ class ConstrainedBeamSearch:
         return Choice(torch.cat(parents, dim=1), torch.cat(words_chosen, dim=1), torch.cat(logprobs, dim=1), ended)
 
 
-def _alternatives(entry: str, special: SpecialTokens, options: DecodingOptions) -> list[tuple[int, ...]]:
+def _alternatives(entry: str, special: SpecialTokens, options: DecodingOptions) -> tuple[tuple[int, ...], ...]:
     """The phrases that meet a requirement, without those that cannot be written.
 
     Raises:
@@ -240,8 +264,8 @@ def _alternatives(entry: str, special: SpecialTokens, options: DecodingOptions) 
         raise CaptionerError(
             f"required_words: the vocabulary lacks {entry!r}; expected words that the model has learned"
         )
-    forbidden = {i for word in options.forbidden_words for i in word_ids(special, word, "forbidden_words")}
-    allowed = [phrase for phrase in known if not forbidden.intersection(phrase)]
+    forbidden = forbidden_ids(special, options)
+    allowed = tuple(phrase for phrase in known if not forbidden.intersection(phrase))
     if not allowed:
         raise CaptionerError(f"{entry!r} is among required_words and forbidden_words; expected it in one of them")
     return allowed

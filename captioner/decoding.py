@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from captioner.config import DecodingOptions
-from captioner.constraints import Bans, ConstrainedBeamSearch, SpecialTokens
+from captioner.constraints import Bans, ConstrainedBeamSearch, SpecialTokens, forbidden_ids
 from captioner.policies import Beams, BeamSearch, Choice, Outlook, Policy, Sampling
 
 __all__ = ["Hypothesis", "SpecialTokens", "State", "StepModel", "decode"]
@@ -95,17 +95,15 @@ def decode(
         options: how to search.
 
     Returns:
-        For every photo its captions, best first: `options.num_captions` of them, or as many as there are.
+        For every photo its captions, best first: `options.num_captions` of them, or fewer where there are no more or
+        groups of the beam find the same.
 
     Raises:
         ValueError: a model is in training mode, or the models differ in the size of their vocabulary.
         CaptionerError: the options name words that cannot be used as asked.
     """
-    models = list(model) if isinstance(model, Sequence) else [model]
-    if not models:
-        raise ValueError("there is no model; expected one or more")
-    if any(isinstance(each, torch.nn.Module) and each.training for each in models):
-        raise ValueError("the decoder is in training mode, which drops units at random; call .eval() first")
+    models = listed(model)
+    forbidden_ids(special, options)  # refused even where there is no photo, as everything else is by `_parts`
 
     def write(some: Tensor) -> _Captions:
         with torch.inference_mode():
@@ -117,6 +115,20 @@ def decode(
             return captions
 
     return [captions for part in _each(write, _parts(features, special, options)) for captions in part]
+
+
+def listed(model: StepModel | Sequence[StepModel]) -> list[StepModel]:
+    """One model or several, as a list.
+
+    Raises:
+        ValueError: there is none, or one is in training mode.
+    """
+    models = list(model) if isinstance(model, Sequence) else [model]
+    if not models:
+        raise ValueError("there is no model; expected one or more")
+    if any(isinstance(each, torch.nn.Module) and each.training for each in models):
+        raise ValueError("the decoder is in training mode, which drops units at random; call .eval() first")
+    return models
 
 
 def search(
@@ -164,12 +176,14 @@ def search(
         bans.follow(choice)
         steps.append(Step(logprob, choice, considered))
 
-        # A search goes on until as many captions ended as it has beams, or none of its beams can be among the best.
-        # To drop a single beam sooner would let worse captions end in its place, and so end the search too early.
+        # A search goes on until as many captions ended as it has beams, or no beam of its photo can be among the best.
+        # To drop a single beam sooner would let worse captions end in its place, and so end the search too early; to
+        # drop a single group would leave its words to those after it.
         ended = ended + (choice.ended > -torch.inf).sum(dim=1)
         best = torch.cat([best, _score(choice.ended, time + 1, options)], dim=1).topk(policy.wanted).values
-        promising = (_score(choice.logprob, options.max_words, options) > best[:, -1:]).any(dim=1)
-        logprob = choice.logprob.masked_fill((~promising | (ended >= policy.quota))[:, None], -torch.inf)
+        promising = _score(choice.logprob, options.max_words, options) > best[:, -1:]
+        over = ~promising.view(images, -1).any(dim=1).repeat_interleave(policy.searches) | (ended >= policy.quota)
+        logprob = choice.logprob.masked_fill(over[:, None], -torch.inf)
 
         before, rows = rows, roster.survivors(logprob)
         if not len(rows):
@@ -245,8 +259,7 @@ def _ask(
 def _consider(outlook: Outlook, beams: Beams) -> tuple[Tensor, Tensor]:
     """The likeliest words to follow each caption, for `explain`."""
     nothing = beams.rows.new_empty(0)
-    count = min(beams.logprob.shape[1] + 1, outlook.logits.shape[1])
-    logprob, word = outlook.likeliest(count, always=nothing)
+    logprob, word = outlook.likeliest(beams.logprob.shape[1] + 1, always=nothing)
     return beams.spread(logprob, -torch.inf), beams.spread(word, 0)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from captioner.config import DecodingOptions
 from captioner.constraints import SpecialTokens
-from captioner.decoding import Hypothesis, Step, StepModel, relaxed, search
+from captioner.decoding import Hypothesis, Step, StepModel, listed, relaxed, search
 from captioner.vocabulary import END, Vocabulary
 
 Fate = Literal["continued", "pruned", "ended", "cut"]
@@ -86,11 +86,12 @@ def explain(
         being written its likeliest next words, one more than there are beams, and every word that was chosen.
 
     Raises:
-        ValueError: there is not exactly one photo.
+        ValueError: there is not exactly one photo, or see `decode`.
+        CaptionerError: see `decode`.
     """
     if len(features) != 1:
         raise ValueError(f"there are {len(features)} photos; expected one, whose search is explained")
-    models = list(model) if isinstance(model, Sequence) else [model]
+    models = listed(model)
     captions, steps = search(models, features, special, options, watch=True)
     if not captions[0][0].satisfied:
         captions, steps = relaxed(models, features, special, options, watch=True)

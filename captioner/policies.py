@@ -42,7 +42,7 @@ class Outlook:
         """Some words, and the likeliest of the others; the surprisals of the former become inf.
 
         Args:
-            count: how many others.
+            count: how many others; fewer are given where the vocabulary has fewer.
             always: ids of the words that come first.
 
         Returns:
@@ -50,13 +50,21 @@ class Outlook:
         """
         known = self.surprisal.index_select(1, always)
         self.surprisal.index_fill_(1, always, torch.inf)
-        least, word = smallest(self.surprisal, count)
+        least, word = smallest(self.surprisal, min(count, self.surprisal.shape[1]))
         words = torch.cat([always.expand(len(word), -1), word], dim=1)
-        surprisal, logits = torch.cat([known, least], dim=1).float(), self.logits.gather(1, words).float()
-        # In bfloat16 surprisals are rounded twice, logits once. What both add up to is the same for all words of a row;
-        # the least surprising one tells it best.
+        return self.logprob(words, torch.cat([known, least], dim=1)), words
+
+    def logprob(
+        self, words: Int[Tensor, "rows words"], surprisal: Float[Tensor, "rows words"]
+    ) -> Float[Tensor, "rows words"]:
+        """Log-probabilities of words, in fp32, from their surprisals; -inf for words that may not come.
+
+        In bfloat16 surprisals are rounded twice, logits once. What both add up to is the same for all words of a row;
+        the least surprising one, which should be among them, tells it best.
+        """
+        surprisal, logits = surprisal.float(), self.logits.gather(1, words).float()
         total = (logits + surprisal).gather(1, surprisal.argmin(dim=1, keepdim=True))
-        return torch.where(surprisal < torch.inf, logits - total, -torch.inf), words
+        return torch.where(surprisal < torch.inf, logits - total, -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,8 @@ class BeamSearch:
 
     One step of a search with W beams: of all W x V continuations and all W endings the W likeliest are taken. The
     endings among them are captions found; the beam goes on with the W likeliest continuations. With groups, a
-    continuation is ranked as if `diversity` less likely for each earlier group that continues with that word now.
+    continuation is ranked, among the others and the endings, as if `diversity` less likely for each earlier group that
+    continues with that word now.
     """
 
     distinct = True
@@ -128,10 +137,10 @@ class BeamSearch:
 
     def _best(self, going: Tensor, words: Tensor, ended: Tensor, penalty: Tensor | None = None) -> Choice:
         """The choice of one group, from `(images, beams, n)` continuations and `(images, beams)` endings."""
-        best = (going if penalty is None else going - penalty).flatten(1).topk(self.beams).indices
+        rank, best = (going if penalty is None else going - penalty).flatten(1).topk(self.beams)
         parent = best.div(words.shape[2], rounding_mode="floor")
         logprob = going.flatten(1).gather(1, best)
-        return Choice(parent, words.flatten(1).gather(1, best), logprob, among_best(ended, logprob))
+        return Choice(parent, words.flatten(1).gather(1, best), logprob, among_best(ended, rank))
 
 
 def _times_chosen(words: Int[Tensor, "images beams n"], choices: list[Choice]) -> Tensor:
@@ -187,7 +196,8 @@ class Sampling:
         drawn = torch.searchsorted(reached, target[:, None], right=True).clamp_(max=likely.shape[1] - 1)
         self._time += 1
 
-        logprob = beams.continued(-surprisal.gather(1, drawn))[..., 0]
+        words = torch.cat([drawn, surprisal.argmin(dim=1, keepdim=True)], dim=1)
+        logprob = beams.continued(outlook.logprob(words, surprisal.gather(1, words))[:, :1])[..., 0]
         logprob = logprob.masked_fill(beams.spread(total[:, None], 0.0)[..., 0] == 0, -torch.inf)
         word = beams.spread(drawn, 0)[..., 0]
         ends = word == self._end
@@ -224,20 +234,16 @@ def _nucleus(likely: Tensor, strangeness: Tensor, mass: float) -> Tensor:
 def smallest(
     values: Float[Tensor, "rows columns"], count: int
 ) -> tuple[Float[Tensor, "rows count"], Int[Tensor, "rows count"]]:
-    """The smallest entries of each row, smallest first, and where they are; inf after the last where there are fewer.
+    """The smallest entries of each row, smallest first, and where they are.
 
     `torch.topk` over a whole vocabulary takes a processor about as long as a softmax. Folded to `_COLUMNS` columns,
     the smallest entries are all in the columns with the smallest minima, which vectorises.
 
     Args:
         values: none below 0 (and no -0, whose sign would be taken for a number); NaN counts as larger than all others.
-        count: how many are wanted.
+        count: how many are wanted, at most as many as there are.
     """
     size = values.shape[1]
-    if count > size:
-        value, index = smallest(values, size)
-        padding = (0, count - size)
-        return torch.nn.functional.pad(value, padding, value=torch.inf), torch.nn.functional.pad(index, padding)
     layers = size // _COLUMNS
     if values.device.type != "cpu" or layers < 8 or count > _COLUMNS // 8:
         return values.topk(count, dim=1, largest=False)

@@ -206,7 +206,7 @@ def test_a_key_that_is_lacking_is_named(folder: Path, where: tuple[str, ...], sa
         (("decoding", "seed"), "x", "decoding.seed is 'x'; expected a whole number"),
         (("decoding",), [["seed", 1]], "decoding is .*; expected an object"),
         (("decoder", "colour"), 3, "unexpected keyword argument 'colour'"),
-        (("decoding", "beam_size"), 0, "beam_size is 0; expected 1 or more"),
+        (("decoding", "beam_size"), 0, "beam_size is 0; expected 1 to 1000"),
         (("sha256",), 3, "sha256 is 3; expected an object"),
         (("training",), 3, "training is 3; expected an object"),
         (("vocabulary_size",), "x", "vocabulary_size is 'x'; expected a whole number"),

@@ -265,7 +265,7 @@ def test_options_that_contradict_the_models_own(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--beam-size", "0"), "beam_size is 0; expected 1 or more"),
+        (("--beam-size", "0"), "beam_size is 0; expected 1 to 1000"),
         (("--temperature", "-1"), "temperature is -1.0; expected a number above 0"),
     ],
 )

@@ -89,19 +89,23 @@ def test_counts_of_words(name: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"beam_size": 0}, "expected 1 or more"),
-        ({"num_captions": 0}, "expected 1 or more"),
-        ({"max_words": 0}, "expected 1 or more"),
-        ({"beam_groups": 0}, "expected 1 or more"),
+        ({"beam_size": 0}, "expected 1 to 1000"),
+        ({"beam_size": 1001}, "expected 1 to 1000"),
+        ({"num_captions": 0}, "expected 1 to 1000"),
+        ({"num_captions": 1001}, "expected 1 to 1000"),
+        ({"max_words": 0}, "expected 1 to 500"),
+        ({"max_words": 501}, "expected 1 to 500"),
+        ({"beam_groups": 0}, "expected 1 to 1000"),
         ({"min_words": -1}, "expected 0 or more"),
         ({"no_repeat_ngram": -1}, "expected 0 or more"),
         ({"top_k": -1}, "expected 0 or more"),
         ({"min_words": 9, "max_words": 8}, "expected min_words <= max_words"),
-        ({"gnmt_alpha": -0.5}, "expected a number of 0 or more"),
-        ({"diversity": math.inf}, "expected a number of 0 or more"),
-        ({"diversity": math.nan}, "expected a number of 0 or more"),
-        ({"temperature": 0.0}, "expected a number above 0"),
-        ({"temperature": math.inf}, "expected a number above 0"),
+        ({"gnmt_alpha": -0.5}, "expected 0 to 10"),
+        ({"gnmt_alpha": 11.0}, "expected 0 to 10"),
+        ({"diversity": math.inf}, "expected 0 to 1000"),
+        ({"diversity": math.nan}, "expected 0 to 1000"),
+        ({"temperature": 1e-6}, "expected 0.001 to 1000"),
+        ({"temperature": math.inf}, "expected 0.001 to 1000"),
         ({"top_p": 0.0}, "expected a probability above 0, and 1 at most"),
         ({"typical_p": 1.1}, "expected a probability above 0, and 1 at most"),
         ({"beam_groups": 2}, "does not divide the beam of 3"),
@@ -121,6 +125,8 @@ def test_decoding_that_contradicts_itself() -> None:
     ):
         with pytest.raises(CaptionerError, match='required_words need method "beam"'):
             DecodingOptions(**settings)  # type: ignore[arg-type]
+    with pytest.raises(CaptionerError, match="num_captions is 100001; expected 1 to 100000"):
+        DecodingOptions(method="sample", num_captions=100_001)
     with pytest.raises(CaptionerError, match='beam_groups need method "beam"'):
         DecodingOptions(beam_groups=3, method="sample")
 

@@ -259,6 +259,22 @@ def test_batch_equals_its_singles_bit_for_bit(decoder, way, precision, one_threa
     assert [together[i] for i in order] == decode(model, features[order], SPECIAL, options)
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_numbers_that_fill_no_vector_change_no_bit(cell):
+    """Neither the photos beside one nor the number of threads."""
+    torch.manual_seed(0)
+    decoder = Decoder(DecoderConfig(cell=cell, hidden_size=300, embedding_size=32), 2500).eval()
+    with torch.no_grad():
+        decoder.output.weight.mul_(100)
+    model = PreparedDecoder(decoder, "fp32")
+    options = DecodingOptions(max_words=8, num_captions=3)
+    features = torch.rand(24, 4096, generator=torch.Generator().manual_seed(1))
+    together = decode(model, features, SPECIAL, options)
+    assert together == [decode(model, photo[None], SPECIAL, options)[0] for photo in features]
+    torch.set_num_threads(6)
+    assert together == decode(model, features, SPECIAL, options)
+
+
 @pytest.mark.parametrize("way", ways)
 def test_batch_equals_its_singles_with_the_decoder_itself(decoder, way):
     options = DecodingOptions(max_words=12, **ways[way])
@@ -282,6 +298,12 @@ def test_threads_take_turns_and_change_nothing(decoder, way, monkeypatch):
     torch.set_num_threads(3)
     assert decode(model, features, SPECIAL, options) == expected
     assert torch.get_num_threads() == 3
+
+
+def test_words_are_refused_where_there_is_no_photo():
+    for name in ("required_words", "forbidden_words"):
+        with pytest.raises(CaptionerError, match=name):
+            decode(Table(), photos(), SPECIAL, DecodingOptions(**{name: ("",)}))
 
 
 def test_what_goes_wrong_in_a_thread_is_told(monkeypatch):
@@ -553,7 +575,7 @@ def test_groups_of_one_equal_a_plain_search(model, photo, diversity):
             following = logprobs(model, photo, tokens)
             words, may_end = allowed(tokens, model.size, DecodingOptions())
             word = max(words, key=lambda w: following[w] - diversity * chosen[w])
-            if may_end and following[SPECIAL.end] > following[word]:
+            if may_end and following[SPECIAL.end] > following[word] - diversity * chosen[word]:
                 pool[group] = Outcome(tokens, logprob + following[SPECIAL.end], True)
             # A group that ends here still takes the word from the others.
             chosen[word] += 1
@@ -564,6 +586,68 @@ def test_groups_of_one_equal_a_plain_search(model, photo, diversity):
     expected = sorted(distinct.values(), key=lambda o: -o.logprob)
     found = decode(model, photos(photo), SPECIAL, options)[0]
     assert [h.tokens for h in found] == [o.tokens for o in expected]
+
+
+def test_an_ending_competes_with_words_that_other_groups_made_dearer():
+    class Alike(Table):
+        """[end] is a little less likely than one word; the others are hardly possible."""
+
+        def step(self, tokens, state):
+            logits = torch.full((len(tokens), SIZE), -9.0)
+            logits[:, SPECIAL.ids(SIZE)[1]], logits[:, SPECIAL.end] = 0.0, -0.3
+            return logits, state
+
+    options = DecodingOptions(beam_size=2, beam_groups=2, num_captions=2, min_words=0, max_words=1)
+    found = decode(Alike(), photos(1), SPECIAL, options)[0]
+    assert [h.tokens for h in found] == [(SPECIAL.ids(SIZE)[1],), ()]
+
+
+class Tree(Table):
+    """A model told by the probabilities of words after words; what is left is [pad]'s."""
+
+    def __init__(self, following):
+        self.size = SIZE
+        self.following = following
+
+    def start(self, features):
+        self.paths = [()]
+        return (torch.zeros(1, len(features), 1),)
+
+    def step(self, tokens, state):
+        pasts = [self.paths[int(number)] for number in state[0].flatten()]
+        new = [past if t == SPECIAL.start else (*past, t) for past, t in zip(pasts, tokens.tolist(), strict=True)]
+        probabilities = torch.full((len(tokens), SIZE), 1e-9)
+        for row, path in zip(probabilities, new, strict=True):
+            for word, probability in self.following.get(path, {}).items():
+                row[word] = probability
+            row[SPECIAL.pad] = 1 - sum(self.following.get(path, {}).values())
+        numbers = torch.arange(len(self.paths), len(self.paths) + len(new))
+        self.paths += new
+        return probabilities.log(), (numbers[None, :, None],)
+
+
+def test_a_group_that_cannot_win_still_takes_its_words_from_the_next():
+    """Or the best caption would depend on how many are asked for."""
+    end, (a, b, c, d, e, f, *_) = SPECIAL.end, SPECIAL.ids(SIZE)
+    model = Tree(
+        {
+            (): {a: 0.5, b: 0.3, c: 0.1, d: 0.05},
+            (a,): {end: 0.02, e: 0.0026, f: 0.0025},  # in the first group `a` ends early, and `a e` cannot win any more
+            (b,): {e: 0.001, f: 0.001},
+            (a, e): {a: 0.9},
+            (a, f): {a: 0.8},
+            (c,): {d: 0.99},
+            (c, d): {a: 0.5, b: 0.29, f: 0.2},  # but it takes `a` from the second group
+            (c, d, a): {end: 0.99},
+            (c, d, b): {end: 0.99},
+            (c, d, f): {end: 0.99},
+        }
+    )
+    options = DecodingOptions(beam_size=4, beam_groups=2, num_captions=4, diversity=4.0, max_words=6)
+    expected = decode(model, photos(1), SPECIAL, options)[0]
+    for count in (1, 2, 3):
+        found = decode(model, photos(1), SPECIAL, replace(options, num_captions=count))[0]
+        assert found == expected[:count]
 
 
 def test_groups_find_no_caption_twice():
@@ -742,14 +826,14 @@ def test_fewer_captions_where_there_are_no_more():
 def test_smallest_is_topk(rows, size, count, dtype, seed):
     values = torch.rand(rows, size, generator=torch.Generator().manual_seed(seed)).to(dtype) * 9
     values[values > 8] = torch.inf
+    count = min(count, size)
     value, index = smallest(values.clone(), count)
-    expected = values.topk(min(count, size), dim=1, largest=False).values
+    expected = values.topk(count, dim=1, largest=False).values
     assert value.dtype == dtype
     assert value.shape == index.shape == (rows, count)
-    assert torch.equal(value[:, :size], expected)
-    assert torch.equal(values.gather(1, index[:, :size]), expected)
-    assert all(len(set(row)) == len(row) for row in index[:, :size].tolist())
-    assert value[:, size:].isposinf().all()
+    assert torch.equal(value, expected)
+    assert torch.equal(values.gather(1, index), expected)
+    assert all(len(set(row)) == len(row) for row in index.tolist())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -771,12 +855,12 @@ def test_smallest_counts_the_last_entry_once():
 @pytest.mark.parametrize(
     ("given_options", "match"),
     [
-        ({"beam_size": 0}, "beam_size is 0; expected 1 or more"),
-        ({"num_captions": 0}, "num_captions is 0; expected 1 or more"),
+        ({"beam_size": 0}, "beam_size is 0; expected 1 to 1000"),
+        ({"num_captions": 0}, "num_captions is 0; expected 1 to 1000"),
         ({"min_words": -1}, "min_words is -1; expected 0 or more"),
         ({"min_words": 30}, "min_words is 30 and max_words 20"),
-        ({"temperature": 0.0}, "temperature is 0.0; expected a number above 0"),
-        ({"temperature": math.nan}, "temperature is nan; expected a number above 0"),
+        ({"temperature": 0.0}, "temperature is 0.0; expected 0.001 to 1000"),
+        ({"temperature": math.nan}, "temperature is nan; expected 0.001 to 1000"),
         ({"top_p": 0.0}, "top_p is 0.0; expected a probability"),
         ({"typical_p": 1.5}, "typical_p is 1.5; expected a probability"),
         ({"diversity": -1.0}, "diversity is -1.0"),
