@@ -144,7 +144,7 @@ def locate_files(data: Path, images: Path | None) -> tuple[Path, ...]:
     if data.is_file():
         return (data,)
     if not data.is_dir():
-        prepare = f"make it with `python data/prepare.py {data.name}` (see data/README.md), or "
+        prepare = f"make it with `python data/prepare.py {data.name} --folder {data}` (see data/README.md), or "
         remedy = prepare if data.name in ("coco", "flickr8k") else ""
         raise AnnotationError(f"{data}: is not there; {remedy}give a caption file or the folder of a data set")
     places = [place for place in (data, *(data / name for name in _CAPTION_FOLDERS)) if place.is_dir()]

@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,12 +21,21 @@ from typing import TYPE_CHECKING, Annotated, Literal, TextIO, TypeVar
 import tyro
 
 from captioner import files
-from captioner.config import PRESETS, DecodingOptions, DistillationConfig, Statistics, TrainingConfig
+from captioner.config import (
+    FEATURE_SIZE,
+    PRESETS,
+    DataConfig,
+    DecodingOptions,
+    DistillationConfig,
+    Statistics,
+    TrainingConfig,
+)
 from captioner.errors import CaptionerError, ImageError
 from captioner.metrics.bridge import why_not
 
 if TYPE_CHECKING:
     from captioner.annotations import Annotations
+    from captioner.bulk import Captioned
     from captioner.caption_files import ImageId
     from captioner.model import Captioner
     from captioner.scoring import Hypotheses
@@ -35,13 +45,16 @@ _A = TypeVar("_A", "CaptionArguments", "EvaluateArguments")
 
 @dataclass(frozen=True)
 class CaptionArguments:
-    """Write a sentence about each photo."""
+    """Write a sentence about each photo.
+
+    Search options that are not given are those that the model was validated with, not the defaults below.
+    """
 
     photos: Annotated[tuple[Path, ...], tyro.conf.Positional]  # photos, or folders of photos
     model: str = "mini"  # folder of a saved model or of a training run, owner/name on the Hugging Face Hub, or "mini"
     encoder_weights: Annotated[str | None, tyro.conf.arg(name="encoder.weights")] = None  # where the CNN's weights are
     format: Literal["text", "jsonl"] = "text"  # "text": sentences; "jsonl": a JSON object a photo
-    output: Path | None = None  # file to write to, instead of standard output
+    output: Path | None = None  # file to write to, instead of standard output; until it is complete, FILE.part
     explain: bool = False  # show how the search went: every word that was considered, as a tree
     decoding: Annotated[DecodingOptions, tyro.conf.arg(name="")] = dataclasses.field(default_factory=DecodingOptions)
 
@@ -208,38 +221,66 @@ def _compact(chosen: CompactArguments) -> int:
 def _caption(arguments: Sequence[str] | None, prog: str) -> int:
     unchecked = CaptionArguments(photos=(), decoding=_Unchecked())
     chosen = tyro.cli(CaptionArguments, args=arguments, prog=prog, default=unchecked)
+    import torch
+
     from captioner import images
     from captioner.bulk import caption_photos
     from captioner.model import Captioner
 
-    if not chosen.photos:
-        raise CaptionerError(f"there is nothing to caption; give photos or folders of photos: {prog} photo.jpg")
+    empty = Path() in chosen.photos and "" in (sys.argv[1:] if arguments is None else arguments)
+    if empty or not chosen.photos:
+        raise CaptionerError(
+            f"there is nothing to caption; give photos or folders of photos, before the options: {prog} photo.jpg"
+        )
     paths = images.find(chosen.photos)
     captioner = Captioner.from_pretrained(chosen.model, encoder_weights=chosen.encoder_weights)
     options = _options(CaptionArguments, chosen, arguments, prog, captioner)
     if chosen.explain and (chosen.output or chosen.format != "text"):
         raise CaptionerError("--explain prints on the screen; leave out --output and --format")
+    if chosen.output is not None and any(_same(chosen.output, path) for path in paths):
+        raise CaptionerError(f"{chosen.output}: is one of the photos; give another --output")
+    captioner.describe(torch.empty(0, FEATURE_SIZE), options)  # refuses words that cannot be asked for
     if chosen.explain:
-        return _explain(captioner, paths, options)
+        with _writer(None):
+            return _explain(captioner, paths, options)
     bad = 0
     with _writer(chosen.output) as out:
         for photo in caption_photos(captioner, paths, options):
             if photo.error is not None:
                 bad += 1
                 print(f"error: {photo.error}", file=sys.stderr)
-            elif chosen.format == "jsonl":
-                row: dict[str, object] = {"image": str(photo.path), "caption": photo.captions[0].text}
-                if options.num_captions > 1:
-                    row["captions"] = [{"caption": c.text, "logprob": c.logprob} for c in photo.captions]
-                print(_json(row), file=out, flush=True)
-            else:
-                name = f"{photo.path}: " if len(paths) > 1 else ""
-                for found in photo.captions:
-                    probability = f"  ({found.logprob:.2f})" if options.num_captions > 1 else ""
-                    print(f"{name}{found.text}{probability}", file=out, flush=True)
+                continue
+            if not photo.captions[0].satisfied:
+                print(f"{photo.path}: found no caption with all required words; this is one without", file=sys.stderr)
+            if chosen.format == "jsonl":
+                print(_json(_row(photo, options)), file=out, flush=True)
+                continue
+            name = f"{_one_line(photo.path)}: " if len(paths) > 1 else ""
+            for found in photo.captions:
+                rank = f"  (score {found.score:.2f}, log-probability {found.logprob:.2f})"
+                print(f"{name}{found.text}{rank if options.num_captions > 1 else ''}", file=out, flush=True)
     if bad:
         print(f"{len(paths) - bad} of {len(paths)} photos captioned, {bad} could not be read", file=sys.stderr)
     return 1 if bad else 0
+
+
+def _row(photo: Captioned, options: DecodingOptions) -> dict[str, object]:
+    """A photo's line of JSON."""
+    row: dict[str, object] = {"image": str(photo.path), "caption": photo.captions[0].text}
+    if options.required_words:
+        row["satisfied"] = photo.captions[0].satisfied
+    if options.num_captions > 1:
+        row["captions"] = [{"caption": c.text, "score": c.score, "logprob": c.logprob} for c in photo.captions]
+    return row
+
+
+def _one_line(path: Path) -> str:
+    """A file's name without what would begin a new line or command a terminal."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: found[0].encode("unicode_escape").decode(), str(path))
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.exists() and other.exists() and one.samefile(other)
 
 
 def _explain(captioner: Captioner, paths: Sequence[Path], options: DecodingOptions) -> int:
@@ -362,7 +403,7 @@ def _model_on_split(chosen: EvaluateArguments, arguments: Sequence[str] | None, 
         images=chosen.images,
         restval=trained.get("restval", "train"),
         on_problem=chosen.on_problem,
-        val_share=trained.get("val_share", 0.05),  # the same photos are kept back as in training
+        val_share=trained.get("val_share", DataConfig.val_share),  # the same photos are kept back as in training
     )
     split = chosen.split or "val"
     examples = captions.split(split)
@@ -387,8 +428,9 @@ def _results(chosen: EvaluateArguments, paths: Sequence[Path]) -> _Subject:
     from captioner.scoring import read_results, references_of
 
     assert chosen.references is not None
-    # Where references are not divided into splits, none are kept back for validation.
-    captions = load(chosen.references, on_problem=chosen.on_problem, val_share=0, check_images=False)
+    # Where references are not divided into splits, none are kept back for validation, unless that split is asked for.
+    share = DataConfig.val_share if chosen.split == "val" else 0
+    captions = load(chosen.references, on_problem=chosen.on_problem, val_share=share, check_images=False)
     undivided = chosen.split is None and len({example.split for example in captions.examples}) == 1
     split = chosen.split or "val"
     references = references_of(captions.examples if undivided else captions.split(split))
@@ -422,20 +464,29 @@ def _writer(path: Path | None) -> Iterator[TextIO]:
         return
     if path.is_dir() or not path.name:
         raise CaptionerError(f"{path}: is a folder; give the name of a file")
-    path = path.resolve()
     special = path.exists() and not path.is_file()  # a device or a pipe, which must not be replaced
+    path = path if special else path.resolve()
     part = path if special else path.with_name(path.name + ".part")
     try:
         # Names of files may be any bytes. What an earlier, stopped run left is not overwritten.
         with part.open("w" if special else "x", encoding="utf-8", errors="surrogateescape") as out:
-            yield out
-        if not special:
+            try:
+                yield out
+                out.flush()
+            finally:
+                if not special and not part.stat().st_size:  # nothing to keep, and nothing to replace a result with
+                    part.unlink()
+        if not special and part.exists():
             part.replace(path)
     except FileExistsError:
         raise CaptionerError(f"{part}: holds the rows of a run that was stopped; rename or delete it first") from None
     except OSError as error:
         kept = f"; what was written is in {part}" if part.exists() else "; give another --output"
         raise CaptionerError(f"{path}: cannot be written ({error.strerror}){kept}") from None
+    except KeyboardInterrupt:
+        if not special and part.exists():
+            print(f"what was captioned so far is in {part}", file=sys.stderr)
+        raise
 
 
 def _write(path: Path, text: str) -> None:

@@ -168,7 +168,7 @@ class OptimisationConfig:
     learning_rate: float = 5e-4  # Adam's, after the warm-up
     encoder_learning_rate: float = 0.0  # the same for the CNN; 0 freezes it, and its features are computed only once
     mirror: bool = False  # show the CNN half of the photos mirrored while it learns
-    warmup_steps: int = 200  # the learning rate rises linearly over these steps, then falls along a cosine to 1 % of it
+    warmup_steps: int = 200  # the learning rate rises over these, at most a quarter of all, then falls to 1 % of it
     gradient_clip: float = 5.0  # largest norm of the gradient
     label_smoothing: float = 0.0  # share of the target probability that is spread over all words; not of a reward
     patience: int = 5  # epochs without a better validation CIDEr before training stops

@@ -191,7 +191,7 @@ def _read(config: EncoderConfig) -> Mapping[str, Tensor]:
     if not is_file(path):
         raise WeightsError(
             f"{path}: no such weight file for {config.name}; give a .safetensors or .pth file, or use the CNN in the "
-            "box: --encoder.name mini --encoder.weights default"
+            "box: --encoder.name mini --encoder.image-size 144 --encoder.weights default"
         )
     return weights.read(path)
 

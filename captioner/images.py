@@ -8,8 +8,10 @@ encoder; here values stay 8-bit.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
+import re
 import struct
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,11 +29,16 @@ from torch import Tensor
 
 from captioner.errors import ImageError
 
+log = logging.getLogger(__name__)
+
 #: Names what `load` does to a photo. It is part of every feature stamp: change it when the result changes.
 PREPROCESSING = "whole photo, RGB, bilinear with antialiasing, v1"
 
 #: Endings that are taken for photos when a folder is searched.
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+
+#: Endings of photos that cannot be read everywhere; those in a folder are counted and left out.
+_OTHER_PHOTOS = frozenset({".heic", ".heif", ".avif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".svg"})
 
 #: Transparent parts are shown on this colour, as a web page would show them.
 _BACKGROUND = (255, 255, 255)
@@ -55,17 +62,18 @@ def find(paths: Iterable[Path]) -> list[Path]:
             raise ImageError(
                 f"{place}: cannot be looked at ({error.strerror}); give a photo or a folder of photos that may be read"
             ) from None
+        if not there and re.match(r"https?:/", str(path)):
+            raise ImageError(f"{path}: is an address; fetch the photo first, and give the path of its file")
         if not there:
             raise ImageError(f"{path}: no such file or folder; give the path of a photo or of a folder of photos")
     return found
 
 
 def _photos_in(folder: Path) -> list[Path]:
-    inside = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
-    )
+    shown = [path for path in folder.rglob("*") if not path.name.startswith(".")]
+    inside = sorted(path for path in shown if path.suffix.lower() in EXTENSIONS and path.is_file())
+    if other := sorted(path for path in shown if path.suffix.lower() in _OTHER_PHOTOS):
+        log.warning("in other formats, and left out: %d, e.g. %s; convert them to JPEG", len(other), other[0])
     if not inside:
         raise ImageError(f"{folder}: no photo in this folder; expected files ending in {', '.join(sorted(EXTENSIONS))}")
     return inside

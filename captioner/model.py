@@ -40,7 +40,9 @@ class Caption:
     text: str
     tokens: tuple[str, ...]  # the words, as the decoder wrote them
     logprob: float  # natural log of the caption's probability given the photo
+    score: float  # what captions are ranked by: the log-probability after length normalisation
     finished: bool  # ended by the model, rather than cut at the longest length
+    satisfied: bool  # has every required word
 
     def __str__(self) -> str:
         return self.text
@@ -253,7 +255,9 @@ class Captioner:
                     text=self.vocabulary.decode(hypothesis.tokens),
                     tokens=tuple(self.vocabulary.words(hypothesis.tokens)),
                     logprob=hypothesis.logprob,
+                    score=hypothesis.score,
                     finished=hypothesis.finished,
+                    satisfied=hypothesis.satisfied,
                 )
                 for hypothesis in hypotheses
             ]

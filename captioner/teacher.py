@@ -48,14 +48,14 @@ class Teacher:
         Raises:
             WeightsError: it cannot be read, or is no network of this kind.
         """
+        if not path.is_file():
+            raise WeightsError(f"{path}: no such file; give the teacher's .tflite file with --teacher")
         try:
             from ai_edge_litert.interpreter import Interpreter
         except ImportError:
             raise WeightsError(
-                "the teacher needs the package ai-edge-litert; install it: pip install 'captioner[distil]'"
+                "the teacher needs the package ai-edge-litert; install it: pip install ai-edge-litert"
             ) from None
-        if not path.is_file():
-            raise WeightsError(f"{path}: no such file; give the teacher's .tflite file with --teacher")
         self.sha256 = files.sha256(path)
 
         def load() -> Interpreter:

@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 
 _TRAINING = ("epoch", "train_loss")  # what an epoch's record holds that is not of validation
 _THUMBNAIL = 224  # height and width of photos shown in Weights & Biases, in pixels
+_FEW = 20  # validation photos
 _SAMPLES = 8  # validation photos shown in Weights & Biases
 _LOG_EVERY = 20  # optimiser steps; reading the loss makes the device wait
 
@@ -184,6 +185,10 @@ class Trainer:
             f"{len(self.train):,}", f"{len(self.data.train.examples):,}", f"{len(self.captioner.vocabulary):,}",
             f"{self.steps_an_epoch:,}", self.accelerator.device,
         )  # fmt: skip
+        if main and len(self.data.val.examples) < _FEW:
+            log.warning(
+                "validation has %d photos: that is few to choose the best epoch by", len(self.data.val.examples)
+            )
         while not self._finished():
             began = time.monotonic()
             losses = self._epoch(tracker)
@@ -191,13 +196,20 @@ class Trainer:
             history.epoch += 1
             history.seconds += time.monotonic() - began
             history.epochs.append({**losses, **scores})
-            better = scores["cider"] > history.best_cider
+            better = self._better(scores)
             if better:
                 history.best_cider, history.best_epoch = scores["cider"], history.epoch
             if main:
                 self._save(better, captions)
                 self._report(tracker, captions)
             self.accelerator.wait_for_everyone()
+
+    def _better(self, scores: Mapping[str, float]) -> bool:
+        """Whether these are the best so far, by CIDEr; where it is the same, as it is of one photo, by the loss."""
+        history = self.history
+        if scores["cider"] != history.best_cider:
+            return scores["cider"] > history.best_cider
+        return scores["val_loss"] < history.epochs[history.best_epoch - 1]["val_loss"]
 
     def _epoch(self, tracker: Tracker) -> dict[str, float]:
         """One pass over the training captions."""
@@ -306,10 +318,11 @@ class Trainer:
     def _schedule(self, step: int) -> float:
         """Share of the learning rate: linear warm-up, then half a cosine down to 1 % (Loshchilov & Hutter 2017)."""
         options = self.config.optimisation
-        if step < options.warmup_steps:
-            return (step + 1) / options.warmup_steps
-        rest = max(1, options.epochs * self.steps_an_epoch - options.warmup_steps)
-        done = min(1.0, (step - options.warmup_steps) / rest)
+        steps = options.epochs * self.steps_an_epoch
+        warmup = min(options.warmup_steps, steps // 4)
+        if step < warmup:
+            return (step + 1) / warmup
+        done = min(1.0, (step - warmup) / max(1, steps - warmup))
         return 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2
 
     def _finished(self) -> bool:

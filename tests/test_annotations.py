@@ -420,7 +420,8 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
     assert "is not there; give a caption file or the folder of a data set" in refusal(tmp_path / "nowhere")
     for name in ("coco", "flickr8k"):
         message = refusal(tmp_path / name)
-        assert f"make it with `python data/prepare.py {name}` (see data/README.md), or give a caption file" in message
+        command = f"python data/prepare.py {name} --folder {tmp_path / name}"
+        assert f"make it with `{command}` (see data/README.md), or give a caption file" in message
     assert "holds no caption file; expected dataset_*.json" in refusal(tmp_path)
     for name in ("one.csv", "two.jsonl"):
         write(tmp_path / name, "image,caption\n")

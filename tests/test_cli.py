@@ -4,6 +4,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -82,8 +83,10 @@ def test_several_captions_a_photo(model: Path, photos: list[Path], capsys: pytes
     assert run(model, photos[0], "--num-captions", 3) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
-    logprobs = [float(line.rpartition("(")[2].rstrip(")")) for line in lines]
-    assert logprobs == sorted(logprobs, reverse=True)
+    ranks = [re.search(r"  \(score (-\d+\.\d\d), log-probability (-\d+\.\d\d)\)$", line) for line in lines]
+    scores = [float(rank[1]) for rank in ranks if rank]
+    assert len(scores) == 3
+    assert scores == sorted(scores, reverse=True)
 
 
 def test_rows_of_json(model: Path, photos: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +99,7 @@ def test_rows_of_json(model: Path, photos: list[Path], capsys: pytest.CaptureFix
     assert run(model, photos[0], "--format", "jsonl", "--num-captions", 2) == 0
     (row,) = map(json.loads, capsys.readouterr().out.splitlines())
     assert set(row) == {"image", "caption", "captions"}
-    assert [set(each) for each in row["captions"]] == [{"caption", "logprob"}] * 2
+    assert [set(each) for each in row["captions"]] == [{"caption", "logprob", "score"}] * 2
     assert row["captions"][0]["caption"] == row["caption"]
 
 
@@ -170,18 +173,50 @@ def test_a_bad_photo_among_good_ones(
 
 def test_only_bad_photos(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.jpg").write_text("no photo")
+    (tmp_path / "out.txt").write_text("of an earlier run")
     assert run(model, tmp_path / "text.jpg", "--output", tmp_path / "out.txt") == 1
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines()[-1] == "0 of 1 photos captioned, 1 could not be read"
-    assert (tmp_path / "out.txt").read_text() == ""
+    assert (tmp_path / "out.txt").read_text() == "of an earlier run"
+    assert not (tmp_path / "out.txt.part").exists()
+
+
+def test_a_photo_is_not_written_over(model: Path, photos: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    before = photos[1].read_bytes()
+    assert run(model, *photos, "--output", photos[1]) == 2
+    assert "is one of the photos; give another --output" in one_line(capsys)
+    assert photos[1].read_bytes() == before
+
+
+def test_words_that_cannot_be_had(
+    model: Path, photos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.txt"
+    assert run(model, photos[0], "--required-words", "zebra", "--output", output) == 2
+    assert "the vocabulary lacks 'zebra'" in one_line(capsys)
+    assert list(tmp_path.glob("out*")) == []  # so that the next command is not refused
+    twice = ("--required-words", "red red", "--no-repeat-ngram", 1)
+    assert run(model, photos[0], *twice, "--format", "jsonl") == 0
+    captured = capsys.readouterr()
+    assert captured.err == f"{photos[0]}: found no caption with all required words; this is one without\n"
+    assert json.loads(captured.out)["satisfied"] is False
+
+
+def test_names_that_command_a_terminal(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a\nb.png", "c\x1b[31m.png"):
+        make_photo(tmp_path / "photos" / name)
+    assert run(model, tmp_path / "photos") == 0
+    names = [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert [Path(name).name for name in names] == [r"a\nb.png", r"c\x1b[31m.png"]
 
 
 def test_no_photo_is_given(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(model) == 2
-    assert one_line(capsys) == (
-        "error: there is nothing to caption; give photos or folders of photos: caption.py photo.jpg"
-    )
+    nothing = "nothing to caption; give photos or folders of photos, before the options: caption.py photo.jpg"
+    assert one_line(capsys) == f"error: there is {nothing}"
+    assert run(model, "") == 2
+    assert nothing in one_line(capsys)
 
 
 def test_folders_and_files_that_are_not_there(
@@ -192,6 +227,8 @@ def test_folders_and_files_that_are_not_there(
     assert f"{tmp_path}/empty: no photo in this folder; expected files ending in .bmp, .gif" in one_line(capsys)
     assert run(model, tmp_path / "nothing.jpg", photos[0]) == 2
     assert f"{tmp_path}/nothing.jpg: no such file or folder" in one_line(capsys)
+    assert run(model, "https://example.org/a.jpg") == 2
+    assert "a.jpg: is an address; fetch the photo first" in one_line(capsys)
 
 
 def test_no_model(tmp_path: Path, photos: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,7 +303,7 @@ def test_options_that_contradict_the_models_own(
     ("options", "said"),
     [
         (("--beam-size", "0"), "beam_size is 0; expected 1 to 1000"),
-        (("--temperature", "-1"), "temperature is -1.0; expected a number above 0"),
+        (("--temperature", "-1"), "temperature is -1.0; expected 0.001 to 1000"),
     ],
 )
 def test_options_out_of_range(

@@ -364,7 +364,7 @@ def touch(*paths):
         path.touch()
 
 
-def test_find(tmp_path):
+def test_find(tmp_path, caplog):
     files = [
         tmp_path / name for name in ("b.JPG", "a/z.png", "a/b/c.webp", "c.gif", "d.bmp", "e.tif", "f.tiff", "g.jpeg")
     ]
@@ -372,6 +372,10 @@ def test_find(tmp_path):
     touch(*files, tmp_path / "notes.txt", tmp_path / "a/clip.mp4", tmp_path / "jpg")
     (tmp_path / "folder.jpg").mkdir()
     assert images.find([tmp_path]) == sorted(files)
+    assert caplog.text == ""
+    touch(tmp_path / "a/phone.HEIC")
+    assert images.find([tmp_path]) == sorted(files)
+    assert f"in other formats, and left out: 1, e.g. {tmp_path}/a/phone.HEIC; convert them to JPEG" in caplog.text
     # Files come in the order given, whatever their names end in; decoding will tell.
     assert images.find([tmp_path / "notes.txt", tmp_path / "a"]) == [
         tmp_path / "notes.txt",

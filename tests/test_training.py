@@ -342,7 +342,7 @@ def test_the_epoch_with_the_best_cider_is_kept(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    scores_in_order(monkeypatch, 0.1, 0.4, 0.4, 0.3)
+    scores_in_order(monkeypatch, 0.1, 0.4, 0.3, 0.3)
     config = make_config(data, tmp_path / "run", epochs=4)
     history = train(config)
     assert (history.best_epoch, history.best_cider, history.epoch) == (2, 0.4, 4)
@@ -356,16 +356,25 @@ def test_the_epoch_with_the_best_cider_is_kept(
 
 def test_it_stops_when_nothing_gets_better(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config(data, tmp_path / "run", epochs=50, patience=2)
-    scores_in_order(monkeypatch, 0.1, 0.2, 0.2, 0.15)
+    scores_in_order(monkeypatch, 0.1, 0.2, 0.19, 0.15)
     history = train(config)
     assert (history.best_epoch, history.epoch) == (2, 4)
     assert train(config) == history  # and is finished
 
 
-def test_a_score_of_zero_is_a_score(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scores_in_order(monkeypatch, 0.0, 0.0)
-    assert train(make_config(data, tmp_path / "run", patience=1, epochs=5)).epoch == 2
+@pytest.mark.parametrize("rate", [0.01, -0.01])
+def test_where_cider_tells_nothing_the_loss_does(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, rate: float
+) -> None:
+    """CIDEr of a single photo is always 0. A learning rate below 0 makes the loss rise."""
+    scores_in_order(monkeypatch, 0.0, 0.0, 0.0)
+    schedule = Trainer._schedule
+    monkeypatch.setattr(Trainer, "_schedule", lambda self, step: schedule(self, step) * rate / 0.01)
+    with caplog.at_level(logging.WARNING):
+        history = train(make_config(data, tmp_path / "run", patience=1, epochs=3))
+    assert (history.epoch, history.best_epoch) == ((3, 3) if rate > 0 else (2, 1))
     assert (tmp_path / "run" / "best").exists()
+    assert "validation has 4 photos: that is few to choose the best epoch by" in caplog.text
 
 
 # What goes wrong ---------------------------------------------------------------------------------------------------
@@ -510,10 +519,13 @@ def test_the_learning_rate_rises_and_falls(data: Path, tmp_path: Path, monkeypat
         return shares[-1]
 
     monkeypatch.setattr(Trainer, "_schedule", record)
-    train(make_config(data, tmp_path / "run", epochs=3, warmup_steps=4))
+    train(make_config(data, tmp_path / "run", epochs=4, warmup_steps=4))
     assert shares[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert shares[4:] == sorted(shares[4:], reverse=True)
     assert 0.01 < shares[-1] < 0.1
+    shares.clear()
+    train(make_config(data, tmp_path / "short", epochs=2, warmup_steps=100))
+    assert shares[:4] == pytest.approx([0.5, 1.0, 1.0, 0.93], abs=0.01)  # a quarter of all steps, of which there are 8
 
 
 # Several processes -------------------------------------------------------------------------------------------------
