@@ -26,6 +26,8 @@ from captioner.decoder import Decoder, State
 Layer = Callable[[Tensor], Tensor]
 
 _FEW = 8  # rows
+_VECTOR = 64  # numbers; torch unrolls its loops over vectors at most so far
+_SERIAL = 16384  # numbers; torch divides twice as many among threads
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -166,16 +168,25 @@ class PreparedDecoder:
 def _sigmoid(x: Tensor) -> Tensor:
     """The logistic function, in place.
 
-    On a processor torch's own computes what is left over after whole vectors in other arithmetic, and so the last bit
-    of a row would depend on the rows beside it and on the number of threads.
+    On a processor torch computes what is left over after whole vectors, at the end and between threads, in other
+    arithmetic: the last bit of a row would depend on the rows beside it. So it gets whole vectors only, and so few at
+    once that it does not divide them among threads. (As 1 / (1 + exp(-x)) bits stay too, in thrice the time.)
     """
-    if x.device.type != "cpu":
+    size = x.numel()
+    over = size % _VECTOR
+    alone = not over and (size <= _SERIAL or torch.get_num_threads() == 1)
+    if alone or x.device.type != "cpu":
         return x.sigmoid_()
-    return x.neg_().exp_().add_(1).reciprocal_()
+    whole, rest = x.view(-1).tensor_split((size - over,))
+    for first in range(0, len(whole), _SERIAL):
+        whole[first : first + _SERIAL].sigmoid_()
+    if over:
+        rest.copy_(torch.nn.functional.pad(rest, (0, _VECTOR - over)).sigmoid_()[:over])
+    return x
 
 
 def _tanh(x: Tensor) -> Tensor:
-    """The hyperbolic tangent; torch's own takes a processor more than twice as long."""
+    """The hyperbolic tangent; torch's own takes a processor five times as long as a sigmoid."""
     return _sigmoid(2 * x).mul_(2).sub_(1)
 
 
