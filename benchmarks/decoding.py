@@ -166,7 +166,8 @@ def main() -> None:
                 lambda prepared=prepared, photos=photos: decode(prepared, photos, SPECIAL, OPTIONS),
             )
     systems[f"plain batched beam fp32, {len(few)} images"] = len(few), lambda: plain_batched(decoder, few)
-    systems["one photo at a time fp32, 20 images"] = min(20, len(few)), lambda: one_at_a_time(decoder, few[:20])
+    alone = f"one photo at a time fp32, {len(few[:20])} images"
+    systems[alone] = len(few[:20]), lambda: one_at_a_time(decoder, few[:20])
     gauges = {p: product_rate(device, torch.bfloat16 if p == "bf16" else torch.float32) for p in precisions}
 
     found: dict[str, list[float]] = {name: [] for name in [*systems, *gauges]}
@@ -190,7 +191,7 @@ def main() -> None:
         print(f"{medians[name]:8.1f} captions/s  {fraction(name, precision):5.0%} of the {precision} rate  {name}")
     most = max(arguments.images)
     ours = {f"{p}_{n}": medians[f"ours {p}, {n} images"] for p in precisions for n in arguments.images}
-    peer = medians["one photo at a time fp32, 20 images"]
+    peer = medians[alone]
     batched = medians[f"plain batched beam fp32, {len(few)} images"]
     best = medians[f"ours {precisions[-1]}, {most} images"]
     result = {
