@@ -119,7 +119,7 @@ def _read(folder: Path) -> Checkpoint:
     except (KeyError, TypeError, RecursionError, CaptionerError) as error:
         what = f"has no {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(
-            f"{folder / CONFIG}: not what captioner {__version__} writes ({what}); fetch the model again"
+            f"{folder / CONFIG}: not what captioner {__version__} writes ({what}); correct it, or fetch the model again"
         ) from None
     for name in (WEIGHTS, TOKENIZER):
         _check_file(folder / name, hashes.get(name))

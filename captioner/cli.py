@@ -227,7 +227,8 @@ def _caption(arguments: Sequence[str] | None, prog: str) -> int:
     from captioner.bulk import caption_photos
     from captioner.model import Captioner
 
-    empty = Path() in chosen.photos and "" in (sys.argv[1:] if arguments is None else arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    empty = "" in given and Path() in chosen.photos and not any(text and Path(text) == Path() for text in given)
     if empty or not chosen.photos:
         raise CaptionerError(
             f"there is nothing to caption; give photos or folders of photos, before the options: {prog} photo.jpg"
@@ -248,10 +249,11 @@ def _caption(arguments: Sequence[str] | None, prog: str) -> int:
         for photo in caption_photos(captioner, paths, options):
             if photo.error is not None:
                 bad += 1
-                print(f"error: {photo.error}", file=sys.stderr)
+                print(f"error: {_one_line(photo.error)}", file=sys.stderr)
                 continue
             if not photo.captions[0].satisfied:
-                print(f"{photo.path}: found no caption with all required words; this is one without", file=sys.stderr)
+                unmet = "found no caption with all required words; this is one without"
+                print(f"{_one_line(photo.path)}: {unmet}", file=sys.stderr)
             if chosen.format == "jsonl":
                 print(_json(_row(photo, options)), file=out, flush=True)
                 continue
@@ -260,7 +262,8 @@ def _caption(arguments: Sequence[str] | None, prog: str) -> int:
                 rank = f"  (score {found.score:.2f}, log-probability {found.logprob:.2f})"
                 print(f"{name}{found.text}{rank if options.num_captions > 1 else ''}", file=out, flush=True)
     if bad:
-        print(f"{len(paths) - bad} of {len(paths)} photos captioned, {bad} could not be read", file=sys.stderr)
+        kept = f"; {chosen.output} is not written" if chosen.output is not None and bad == len(paths) else ""
+        print(f"{len(paths) - bad} of {len(paths)} photos captioned, {bad} could not be read{kept}", file=sys.stderr)
     return 1 if bad else 0
 
 
@@ -274,13 +277,16 @@ def _row(photo: Captioned, options: DecodingOptions) -> dict[str, object]:
     return row
 
 
-def _one_line(path: Path) -> str:
-    """A file's name without what would begin a new line or command a terminal."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: found[0].encode("unicode_escape").decode(), str(path))
+def _one_line(text: object) -> str:
+    """Text, such as a file's name, without what would begin a new line or command a terminal."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
 def _same(one: Path, other: Path) -> bool:
-    return one.exists() and other.exists() and one.samefile(other)
+    try:
+        return one.samefile(other)
+    except OSError:  # one of them is not there
+        return False
 
 
 def _explain(captioner: Captioner, paths: Sequence[Path], options: DecodingOptions) -> int:
@@ -295,9 +301,9 @@ def _explain(captioner: Captioner, paths: Sequence[Path], options: DecodingOptio
             tree = render(captioner.explain(path, options), captioner.vocabulary)
         except ImageError as error:
             bad += 1
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {_one_line(error)}", file=sys.stderr)
             continue
-        tree.label = Text(str(path))
+        tree.label = Text(_one_line(path))
         Console(highlight=False).print(tree)
     return 1 if bad else 0
 
@@ -428,8 +434,8 @@ def _results(chosen: EvaluateArguments, paths: Sequence[Path]) -> _Subject:
     from captioner.scoring import read_results, references_of
 
     assert chosen.references is not None
-    # Where references are not divided into splits, none are kept back for validation, unless that split is asked for.
-    share = DataConfig.val_share if chosen.split == "val" else 0
+    # Where references are not divided into splits, none are kept back for validation, unless a split is asked for.
+    share = 0 if chosen.split is None else DataConfig.val_share
     captions = load(chosen.references, on_problem=chosen.on_problem, val_share=share, check_images=False)
     undivided = chosen.split is None and len({example.split for example in captions.examples}) == 1
     split = chosen.split or "val"
@@ -449,7 +455,7 @@ def _options(
 @contextmanager
 def _writer(path: Path | None) -> Iterator[TextIO]:
     """Standard output, or a file that takes its name when it is complete; until then its rows are in FILE.part."""
-    if path is None:
+    if path is None or _is_standard_output(path):
         if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be any bytes; shown as they are if possible
             utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
             sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
@@ -462,10 +468,14 @@ def _writer(path: Path | None) -> Iterator[TextIO]:
             _drop_output()
             raise CaptionerError(f"standard output cannot be written ({error.strerror})") from None
         return
-    if path.is_dir() or not path.name:
+    try:
+        folder = path.is_dir() or not path.name
+        special = path.exists() and not path.is_file()  # a device or a pipe, which must not be replaced
+        path = path if special else path.resolve()
+    except (OSError, RuntimeError):  # a name that is too long, or a link to itself
+        raise CaptionerError(f"{path}: cannot be written; give another --output") from None
+    if folder:
         raise CaptionerError(f"{path}: is a folder; give the name of a file")
-    special = path.exists() and not path.is_file()  # a device or a pipe, which must not be replaced
-    path = path if special else path.resolve()
     part = path if special else path.with_name(path.name + ".part")
     try:
         # Names of files may be any bytes. What an earlier, stopped run left is not overwritten.
@@ -479,14 +489,24 @@ def _writer(path: Path | None) -> Iterator[TextIO]:
         if not special and part.exists():
             part.replace(path)
     except FileExistsError:
-        raise CaptionerError(f"{part}: holds the rows of a run that was stopped; rename or delete it first") from None
+        raise CaptionerError(
+            f"{part}: is there, from a run that was stopped or still goes on; rename or delete it first"
+        ) from None
     except OSError as error:
-        kept = f"; what was written is in {part}" if part.exists() else "; give another --output"
+        kept = f"; what was written is in {part}" if not special and part.exists() else "; give another --output"
         raise CaptionerError(f"{path}: cannot be written ({error.strerror}){kept}") from None
     except KeyboardInterrupt:
         if not special and part.exists():
             print(f"what was captioned so far is in {part}", file=sys.stderr)
         raise
+
+
+def _is_standard_output(path: Path) -> bool:
+    """Whether a path is another name of it, such as `/dev/stdout`: what it leads to must not be replaced."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(1))
+    except OSError:
+        return False
 
 
 def _write(path: Path, text: str) -> None:

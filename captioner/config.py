@@ -171,7 +171,7 @@ class OptimisationConfig:
     warmup_steps: int = 200  # the learning rate rises over these, at most a quarter of all, then falls to 1 % of it
     gradient_clip: float = 5.0  # largest norm of the gradient
     label_smoothing: float = 0.0  # share of the target probability that is spread over all words; not of a reward
-    patience: int = 5  # epochs without a better validation CIDEr before training stops
+    patience: int = 5  # epochs without a better validation CIDEr (or the same, and a lower loss) before training stops
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -184,7 +184,7 @@ def test_another_format_says_which_version_wrote_it(folder: Path) -> None:
 )
 def test_a_key_that_is_lacking_is_named(folder: Path, where: tuple[str, ...], said: str) -> None:
     alter_config(folder, *where)
-    fails(folder, rf"{CONFIG}: not what captioner \S+ writes \({said}\); fetch the model again")
+    fails(folder, rf"{CONFIG}: not what captioner \S+ writes \({said}\); correct it, or fetch the model again")
 
 
 @pytest.mark.parametrize(

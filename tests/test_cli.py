@@ -147,6 +147,10 @@ def test_an_output_that_cannot_be_written(
     (tmp_path / "folder").mkdir()
     assert run(model, photos[0], "--output", tmp_path / "folder") == 2
     assert "folder: is a folder; give the name of a file" in one_line(capsys)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for output in (tmp_path / ("x" * 300), tmp_path / "loop"):
+        assert run(model, photos[0], "--output", output) == 2
+        assert f"{output.name}: cannot be written" in one_line(capsys)
     assert run(model, photos[0], "--output", "/dev/null") == 0
     assert not Path("/dev/null").is_file()
     (tmp_path / "rows.part").write_text("of an earlier run")
@@ -177,7 +181,8 @@ def test_only_bad_photos(model: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert run(model, tmp_path / "text.jpg", "--output", tmp_path / "out.txt") == 1
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.splitlines()[-1] == "0 of 1 photos captioned, 1 could not be read"
+    not_written = f"{tmp_path}/out.txt is not written"
+    assert captured.err.splitlines()[-1] == f"0 of 1 photos captioned, 1 could not be read; {not_written}"
     assert (tmp_path / "out.txt").read_text() == "of an earlier run"
     assert not (tmp_path / "out.txt.part").exists()
 
@@ -206,9 +211,12 @@ def test_words_that_cannot_be_had(
 def test_names_that_command_a_terminal(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a\nb.png", "c\x1b[31m.png"):
         make_photo(tmp_path / "photos" / name)
-    assert run(model, tmp_path / "photos") == 0
-    names = [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()]
+    (tmp_path / "photos" / "d\n.png").touch()
+    assert run(model, tmp_path / "photos") == 1
+    captured = capsys.readouterr()
+    names = [line.split(": ")[0] for line in captured.out.splitlines()]
     assert [Path(name).name for name in names] == [r"a\nb.png", r"c\x1b[31m.png"]
+    assert r"photos/d\n.png: " in captured.err
 
 
 def test_no_photo_is_given(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -464,7 +472,7 @@ def test_only_the_first_of_several_processes_speaks(
 
 @pytest.mark.slow
 def test_output_that_nobody_reads_or_takes(model: Path, tmp_path: Path) -> None:
-    """Three processes at once: a reader that has enough, a disk that is full, and a name that is no text."""
+    """Processes at once: a reader that has enough, a file that is added to, a full disk, a name that is no text."""
     folder = tmp_path / "many"
     for number in range(30):
         make_photo(folder / f"{number:02}.png", (8 * number, 90, 90))
@@ -482,11 +490,18 @@ def test_output_that_nobody_reads_or_takes(model: Path, tmp_path: Path) -> None:
             stderr=subprocess.PIPE,
         )
 
+    (tmp_path / "all").write_text("of earlier commands\n")
     pipe, full, names = start("| head -n 1"), start("> /dev/full"), start(f'--format jsonl --output "{tmp_path}/o"')
+    more = start(f'--output /dev/stdout >> "{tmp_path}/all"')
     out, error = pipe.communicate(timeout=120)
     assert pipe.returncode == 0, error.decode()
     assert out.startswith(os.fsencode(folder / "00.png: "))
     assert error == b""
+
+    _, error = more.communicate(timeout=120)
+    assert more.returncode == 0, error.decode()
+    first, *rows = (tmp_path / "all").read_bytes().splitlines()
+    assert (first, len(rows)) == (b"of earlier commands", 31)
 
     out, error = full.communicate(timeout=120)
     assert full.returncode == 2

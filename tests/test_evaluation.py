@@ -206,13 +206,14 @@ def test_references_without_splits_are_all_compared(
     found = json.loads(output.read_text())
     assert (found["split"], found["photos"]) == ("all", 3)
     assert found["evaluations"][0]["diversity"]["in_training"] is None
-    assert run(good, "--references", path, "--split", "train") == 0
     capsys.readouterr()
     # What a training run on these captions kept back is "val" here too.
     kept_back = [example.image_id for example in load(path, check_images=False).split("val")]
     val = results(tmp_path / "captions_val.json", {name: GOOD[name] for name in kept_back})
     assert len(kept_back) == 1
     assert run(val, "--references", path, "--split", "val") == 0
+    capsys.readouterr()
+    assert "1 photos that the references lack" in fails(capsys, good, "--references", path, "--split", "train")
 
 
 def test_order_and_more_keys_do_not_matter(references: Path, known: Any, tmp_path: Path) -> None:
