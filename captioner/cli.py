@@ -6,21 +6,18 @@ Exit status: 0 all done; 1 done, but some photos could not be read; 2 the reques
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import logging
 import os
-import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TextIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import tyro
 
-from captioner import files
+from captioner import output
 from captioner.config import (
     FEATURE_SIZE,
     PRESETS,
@@ -42,6 +39,9 @@ if TYPE_CHECKING:
 
 _A = TypeVar("_A", "CaptionArguments", "EvaluateArguments")
 
+# As they were given: `Path("")` would be the current folder.
+_Photos = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[PATH ...]")]
+
 
 @dataclass(frozen=True)
 class CaptionArguments:
@@ -50,7 +50,7 @@ class CaptionArguments:
     Search options that are not given are those that the model was validated with, not the defaults below.
     """
 
-    photos: Annotated[tuple[Path, ...], tyro.conf.Positional]  # photos, or folders of photos
+    photos: _Photos  # photos, or folders of photos
     model: str = "mini"  # folder of a saved model or of a training run, owner/name on the Hugging Face Hub, or "mini"
     encoder_weights: Annotated[str | None, tyro.conf.arg(name="encoder.weights")] = None  # where the CNN's weights are
     format: Literal["text", "jsonl"] = "text"  # "text": sentences; "jsonl": a JSON object a photo
@@ -166,18 +166,13 @@ def _guarded(command: Callable[[], int]) -> int:
         print("interrupted; what was saved is kept", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read our output has enough
-        _drop_output()
+        output.drop()
         return 0
 
 
 def _first_process() -> bool:
     """Whether this process speaks for all that `torchrun` or `accelerate launch` started."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def _drop_output() -> None:
-    """Let what is still to be written to standard output vanish, so that nothing fails when the process ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _train(config: TrainingConfig) -> int:
@@ -227,13 +222,11 @@ def _caption(arguments: Sequence[str] | None, prog: str) -> int:
     from captioner.bulk import caption_photos
     from captioner.model import Captioner
 
-    given = sys.argv[1:] if arguments is None else arguments
-    empty = "" in given and Path() in chosen.photos and not any(text and Path(text) == Path() for text in given)
-    if empty or not chosen.photos:
+    if not all(chosen.photos or ("",)):
         raise CaptionerError(
             f"there is nothing to caption; give photos or folders of photos, before the options: {prog} photo.jpg"
         )
-    paths = images.find(chosen.photos)
+    paths = images.find(map(Path, chosen.photos))
     captioner = Captioner.from_pretrained(chosen.model, encoder_weights=chosen.encoder_weights)
     options = _options(CaptionArguments, chosen, arguments, prog, captioner)
     if chosen.explain and (chosen.output or chosen.format != "text"):
@@ -242,22 +235,22 @@ def _caption(arguments: Sequence[str] | None, prog: str) -> int:
         raise CaptionerError(f"{chosen.output}: is one of the photos; give another --output")
     captioner.describe(torch.empty(0, FEATURE_SIZE), options)  # refuses words that cannot be asked for
     if chosen.explain:
-        with _writer(None):
+        with output.writer(None):
             return _explain(captioner, paths, options)
     bad = 0
-    with _writer(chosen.output) as out:
+    with output.writer(chosen.output) as out:
         for photo in caption_photos(captioner, paths, options):
             if photo.error is not None:
                 bad += 1
-                print(f"error: {_one_line(photo.error)}", file=sys.stderr)
+                print(f"error: {output.one_line(photo.error)}", file=sys.stderr)
                 continue
             if not photo.captions[0].satisfied:
                 unmet = "found no caption with all required words; this is one without"
-                print(f"{_one_line(photo.path)}: {unmet}", file=sys.stderr)
+                print(f"{output.one_line(photo.path)}: {unmet}", file=sys.stderr)
             if chosen.format == "jsonl":
-                print(_json(_row(photo, options)), file=out, flush=True)
+                print(output.as_json(_row(photo, options)), file=out, flush=True)
                 continue
-            name = f"{_one_line(photo.path)}: " if len(paths) > 1 else ""
+            name = f"{output.one_line(photo.path)}: " if len(paths) > 1 else ""
             for found in photo.captions:
                 rank = f"  (score {found.score:.2f}, log-probability {found.logprob:.2f})"
                 print(f"{name}{found.text}{rank if options.num_captions > 1 else ''}", file=out, flush=True)
@@ -275,11 +268,6 @@ def _row(photo: Captioned, options: DecodingOptions) -> dict[str, object]:
     if options.num_captions > 1:
         row["captions"] = [{"caption": c.text, "score": c.score, "logprob": c.logprob} for c in photo.captions]
     return row
-
-
-def _one_line(text: object) -> str:
-    """Text, such as a file's name, without what would begin a new line or command a terminal."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -301,9 +289,9 @@ def _explain(captioner: Captioner, paths: Sequence[Path], options: DecodingOptio
             tree = render(captioner.explain(path, options), captioner.vocabulary)
         except ImageError as error:
             bad += 1
-            print(f"error: {_one_line(error)}", file=sys.stderr)
+            print(f"error: {output.one_line(error)}", file=sys.stderr)
             continue
-        tree.label = Text(_one_line(path))
+        tree.label = Text(output.one_line(path))
         Console(highlight=False).print(tree)
     return 1 if bad else 0
 
@@ -333,7 +321,7 @@ def _evaluate(arguments: Sequence[str] | None, prog: str) -> int:
     idf = None if chosen.idf is None else scoring.read_idf(chosen.idf)
     subject = _model_on_split(chosen, arguments, prog) if chosen.model else _results(chosen, results)
     if chosen.captions is not None:
-        _write(chosen.captions, json.dumps(subject.candidates[0].results(), indent=0) + "\n")
+        output.write(chosen.captions, json.dumps(subject.candidates[0].results(), indent=0) + "\n")
     evaluations = [
         scoring.evaluate(
             subject.references,
@@ -347,7 +335,7 @@ def _evaluate(arguments: Sequence[str] | None, prog: str) -> int:
     ]
     compared = len(evaluations) == 2 and chosen.statistics.resamples > 0
     comparison = scoring.compare(evaluations, chosen.statistics) if compared else {}
-    with _writer(None):
+    with output.writer(None):
         show(evaluations, comparison)
     if chosen.save_idf is not None:
         scoring.save_idf(subject.references, chosen.save_idf)
@@ -363,10 +351,10 @@ def _evaluate(arguments: Sequence[str] | None, prog: str) -> int:
             "evaluations": [evaluation.as_json() for evaluation in evaluations],
             "comparison": {name: dataclasses.asdict(value) for name, value in comparison.items()},
         }
-        _write(chosen.output, json.dumps(result, indent=2, default=str) + "\n")
+        output.write(chosen.output, json.dumps(result, indent=2, default=str) + "\n")
     if chosen.per_image is not None:
         rows = (row for evaluation in evaluations for row in evaluation.per_image())
-        _write(chosen.per_image, "".join(json.dumps(row) + "\n" for row in rows))
+        output.write(chosen.per_image, "".join(json.dumps(row) + "\n" for row in rows))
     return 1 if subject.unreadable else 0
 
 
@@ -450,78 +438,3 @@ def _options(
     """Decoding options as given; those that were not are the ones that the model was validated with."""
     default = dataclasses.replace(chosen, decoding=captioner.options)
     return tyro.cli(kind, args=arguments, prog=prog, default=default).decoding
-
-
-@contextmanager
-def _writer(path: Path | None) -> Iterator[TextIO]:
-    """Standard output, or a file that takes its name when it is complete; until then its rows are in FILE.part."""
-    if path is None or _is_standard_output(path):
-        if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be any bytes; shown as they are if possible
-            utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
-            sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
-        try:
-            yield sys.stdout
-            sys.stdout.flush()
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            _drop_output()
-            raise CaptionerError(f"standard output cannot be written ({error.strerror})") from None
-        return
-    try:
-        folder = path.is_dir() or not path.name
-        special = path.exists() and not path.is_file()  # a device or a pipe, which must not be replaced
-        path = path if special else path.resolve()
-    except (OSError, RuntimeError):  # a name that is too long, or a link to itself
-        raise CaptionerError(f"{path}: cannot be written; give another --output") from None
-    if folder:
-        raise CaptionerError(f"{path}: is a folder; give the name of a file")
-    part = path if special else path.with_name(path.name + ".part")
-    try:
-        # Names of files may be any bytes. What an earlier, stopped run left is not overwritten.
-        with part.open("w" if special else "x", encoding="utf-8", errors="surrogateescape") as out:
-            try:
-                yield out
-                out.flush()
-            finally:
-                if not special and not part.stat().st_size:  # nothing to keep, and nothing to replace a result with
-                    part.unlink()
-        if not special and part.exists():
-            part.replace(path)
-    except FileExistsError:
-        raise CaptionerError(
-            f"{part}: is there, from a run that was stopped or still goes on; rename or delete it first"
-        ) from None
-    except OSError as error:
-        kept = f"; what was written is in {part}" if not special and part.exists() else "; give another --output"
-        raise CaptionerError(f"{path}: cannot be written ({error.strerror}){kept}") from None
-    except KeyboardInterrupt:
-        if not special and part.exists():
-            print(f"what was captioned so far is in {part}", file=sys.stderr)
-        raise
-
-
-def _is_standard_output(path: Path) -> bool:
-    """Whether a path is another name of it, such as `/dev/stdout`: what it leads to must not be replaced."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(1))
-    except OSError:
-        return False
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a result in one step."""
-    if path.exists() and not path.is_file() and not path.is_dir():
-        with _writer(path) as out:
-            out.write(text)
-        return
-    try:
-        files.write(path.resolve(), text)
-    except OSError as error:
-        raise CaptionerError(f"{path}: cannot be written ({error.strerror}); give another file") from None
-
-
-def _json(row: dict[str, object]) -> str:
-    """A row as JSON; a name that is not UTF-8 is escaped, as `os.fsencode` understands it."""
-    text = json.dumps(row, ensure_ascii=False)
-    return text if text.isprintable() else json.dumps(row)

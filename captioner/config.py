@@ -238,7 +238,7 @@ class DistillationConfig:
     epochs: int = 40  # passes over all photos, one view of each
     batch_size: int = 64
     learning_rate: float = 2e-3  # AdamW's, after the warm-up
-    warmup_steps: int = 300  # the learning rate rises linearly over these steps, then falls along a cosine to 0
+    warmup_steps: int = 300  # the learning rate rises over these, at most a quarter of all, then falls to 0
     weight_decay: float = 0.05  # of the weights of convolutions
     gradient_clip: float = 1.0  # largest norm of the gradient
     seed: int = 0  # decides views, initial weights, order and augmentation

@@ -30,6 +30,7 @@ from captioner.errors import CaptionerError
 from captioner.prepared import has_fast_bf16
 from captioner.progress import Progress
 from captioner.run_folder import History
+from captioner.schedule import warmed_cosine
 from captioner.teacher import Teacher, Views
 
 log = logging.getLogger(__name__)
@@ -168,8 +169,9 @@ class Distiller:
                 pixels, roots = self._batch(photos[batch], chosen[batch])
                 pixels, roots = _mix(*_augment(pixels, roots, size, random), random)
                 loss = self._loss(pixels, roots, (min(pixels.shape[-1] // 32, roots.shape[-1]), 2, 1)).mean()
+                share = warmed_cosine(history.step, config.epochs * self.steps_an_epoch, config.warmup_steps)
                 for group in self.optimiser.param_groups:
-                    group["lr"] = config.learning_rate * self._schedule(history.step)
+                    group["lr"] = config.learning_rate * share
                 self.optimiser.zero_grad()
                 torch.autograd.backward(loss)
                 nn.utils.clip_grad_norm_(self.student.parameters(), config.gradient_clip)
@@ -228,14 +230,6 @@ class Distiller:
         """Height and width that the student sees in this epoch."""
         sizes = self.config.sizes
         return sizes[self.history.epoch * len(sizes) // self.config.epochs]
-
-    def _schedule(self, step: int) -> float:
-        """Share of the learning rate: linear warm-up, then half a cosine down to 0 (Loshchilov & Hutter 2017)."""
-        warmup = self.config.warmup_steps
-        if step < warmup:
-            return (step + 1) / warmup
-        rest = max(1, self.config.epochs * self.steps_an_epoch - warmup)
-        return (1 + math.cos(math.pi * min(1.0, (step - warmup) / rest))) / 2
 
 
 def _augment(

@@ -39,6 +39,7 @@ from captioner.prepared import has_fast_bf16
 from captioner.progress import Progress
 from captioner.reward import Reward
 from captioner.run_folder import History
+from captioner.schedule import warmed_cosine
 from captioner.scoring import references_of
 from captioner.tracking import Tracker
 from captioner.vocabulary import Vocabulary
@@ -316,14 +317,9 @@ class Trainer:
         return Captioner(self.data.encoder, network.decoder, self.vocabulary, self.config.decoding)
 
     def _schedule(self, step: int) -> float:
-        """Share of the learning rate: linear warm-up, then half a cosine down to 1 % (Loshchilov & Hutter 2017)."""
+        """Share of the learning rate."""
         options = self.config.optimisation
-        steps = options.epochs * self.steps_an_epoch
-        warmup = min(options.warmup_steps, steps // 4)
-        if step < warmup:
-            return (step + 1) / warmup
-        done = min(1.0, (step - warmup) / max(1, steps - warmup))
-        return 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2
+        return warmed_cosine(step, options.epochs * self.steps_an_epoch, options.warmup_steps, last=0.01)
 
     def _finished(self) -> bool:
         history, options = self.history, self.config.optimisation

@@ -17,6 +17,7 @@ from helpers import data, isolated, make_model, make_photo, train_arguments  # n
 from captioner import Captioner, cli, training
 from captioner.config import DecodingOptions
 from captioner.errors import CaptionerError
+from captioner.output import as_json
 
 ROOT = Path(__file__).resolve().parents[1]
 SAVED = DecodingOptions(max_words=5, min_words=2, beam_size=2)
@@ -108,14 +109,14 @@ def test_a_file_takes_its_name_when_it_is_complete(
 ) -> None:
     output, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
     output.write_text("of an earlier run")
-    rows = cli._json
+    rows = as_json
     seen: list[tuple[str, int]] = []
 
     def look(row: dict[str, object]) -> str:
         seen.append((output.read_text(), len(part.read_text().splitlines())))
         return rows(row)
 
-    monkeypatch.setattr(cli, "_json", look)
+    monkeypatch.setattr("captioner.output.as_json", look)
     assert run(model, *photos, "--format", "jsonl", "--output", output) == 0
     assert seen == [("of an earlier run", 0), ("of an earlier run", 1), ("of an earlier run", 2)]  # row by row
     assert capsys.readouterr().out == ""
@@ -128,8 +129,8 @@ def test_a_file_takes_its_name_when_it_is_complete(
 def test_what_was_written_stays_when_something_fails(
     model: Path, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = cli._json
-    monkeypatch.setattr(cli, "_json", lambda row: rows(row) if "one" in str(row) else 1 / 0)
+    rows = as_json
+    monkeypatch.setattr("captioner.output.as_json", lambda row: rows(row) if "one" in str(row) else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(model, *photos, "--format", "jsonl", "--output", tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()

@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -195,6 +197,18 @@ def test_a_file_of_results(references: Path, known: Any, tmp_path: Path, capsys:
     assert found["comparison"] == {}
     assert one["diversity"]["truncated"] is None
     assert f"{scores['cider']:.4f} [" in capsys.readouterr().out
+
+
+def test_scores_are_added_to_where_standard_output_goes(references: Path, tmp_path: Path) -> None:
+    """`--output /dev/stdout >> FILE` must not replace FILE."""
+    good, where = results(tmp_path / "good.json", GOOD), tmp_path / "all"
+    where.write_text("of earlier commands\n")
+    code = "import sys; from captioner.cli import evaluate; sys.exit(evaluate(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, good, "--references", references, "--output", "/dev/stdout"]
+    with where.open("a") as out:
+        subprocess.run(command, stdout=out, check=True, timeout=120)
+    assert where.read_text().startswith("of earlier commands\n")
+    assert '"evaluations"' in where.read_text()
 
 
 def test_references_without_splits_are_all_compared(

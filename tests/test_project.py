@@ -14,8 +14,8 @@ PACKAGE = ROOT / "captioner"
 
 #: From the bottom to the top: a module imports from layers below its own, and from its own only as `BESIDE` says.
 LAYERS = [
-    {"errors", "files", "progress", "metrics"},
-    {"config", "caption_files"},
+    {"errors", "files", "progress", "schedule", "metrics"},
+    {"config", "caption_files", "output"},
     {"vocabulary", "annotations", "images", "weights", "shapes", "tracking", "networks"},
     {"encoder", "decoder", "policies", "scoring", "teacher"},
     {"constraints", "prepared", "features", "dataset"},
