@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from test_decoding import SPECIAL, Table, logprobs, models, one_thread, photos  # noqa: F401 - a fixture that applies by itself
+from searches import SPECIAL, Table, logprobs, models, one_thread, photos  # noqa: F401 - a fixture that applies by itself
 
 from captioner.config import DecodingOptions
 from captioner.decoding import decode

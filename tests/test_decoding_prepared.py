@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_decoding import SPECIAL, one_thread  # noqa: F401 - a fixture that applies by itself
+from searches import SPECIAL, one_thread  # noqa: F401 - a fixture that applies by itself
 
 from captioner import prepared
 from captioner.config import DecoderConfig, DecodingOptions
