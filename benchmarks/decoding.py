@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from captioner.config import FEATURE_SIZE, DecoderConfig, DecodingOptions
-from captioner.decoder import Decoder
-from captioner.decoding import decode
-from captioner.prepared import PreparedDecoder, has_fast_bf16
+from captioner.decoding.search import decode
+from captioner.networks.decoder import Decoder
+from captioner.networks.inference import PreparedDecoder, has_fast_bf16
 
 VOCABULARY, HIDDEN, BEAM, STEPS = 9487, 512, 5, 16
 CLOCK: list[Callable[[], float]] = [time.perf_counter]  # the last one counts

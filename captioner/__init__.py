@@ -11,8 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from captioner.annotations import Annotations, Example
-    from captioner.bulk import caption_photos
+    from captioner.bulk.pipeline import caption_photos
     from captioner.config import (
         PRESETS,
         DataConfig,
@@ -22,37 +21,38 @@ if TYPE_CHECKING:
         OptimisationConfig,
         TrainingConfig,
     )
-    from captioner.decoder import Decoder
-    from captioner.decoding import decode
-    from captioner.encoder import Encoder
+    from captioner.datasets.annotations import Annotations, Example
+    from captioner.datasets.features import FeatureStore
+    from captioner.decoding.search import decode
     from captioner.errors import CaptionerError
-    from captioner.features import FeatureStore
     from captioner.model import Caption, Captioner
-    from captioner.training import train
+    from captioner.networks.decoder import Decoder
+    from captioner.networks.encoder import Encoder
+    from captioner.training.trainer import train
     from captioner.vocabulary import Vocabulary
 
 __version__ = "0.1.0"
 
 _HOME = {
     "PRESETS": "config",
-    "Annotations": "annotations",
+    "Annotations": "datasets.annotations",
     "Caption": "model",
     "Captioner": "model",
     "CaptionerError": "errors",
     "DataConfig": "config",
-    "Decoder": "decoder",
+    "Decoder": "networks.decoder",
     "DecoderConfig": "config",
     "DecodingOptions": "config",
-    "Encoder": "encoder",
+    "Encoder": "networks.encoder",
     "EncoderConfig": "config",
-    "Example": "annotations",
-    "FeatureStore": "features",
+    "Example": "datasets.annotations",
+    "FeatureStore": "datasets.features",
     "OptimisationConfig": "config",
     "TrainingConfig": "config",
     "Vocabulary": "vocabulary",
-    "caption_photos": "bulk",
-    "decode": "decoding",
-    "train": "training",
+    "caption_photos": "bulk.pipeline",
+    "decode": "decoding.search",
+    "train": "training.trainer",
 }
 
 __all__ = [

@@ -24,9 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from captioner import __version__, files, weights
+from captioner import __version__, files
 from captioner.config import DecoderConfig, DecodingOptions, EncoderConfig
 from captioner.errors import CaptionerError, CheckpointError
+from captioner.networks import weights
 from captioner.vocabulary import Vocabulary
 
 WEIGHTS, CONFIG, TOKENIZER, CARD = "model.safetensors", "config.json", "tokenizer.json", "README.md"

@@ -9,12 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from captioner.annotations import Example
-from captioner.dataset import Source
-from captioner.features import FeatureStore
+from captioner.datasets.annotations import Example
+from captioner.datasets.batches import Source
+from captioner.datasets.features import FeatureStore
 from captioner.model import Caption, Captioner
+from captioner.networks.weights import fingerprint
 from captioner.scoring import Hypotheses
-from captioner.weights import fingerprint
 
 #: Photos that are read and captioned together.
 _TOGETHER = 256

@@ -14,16 +14,17 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from captioner import checkpoint, images, weights
-from captioner.card import model_card
+from captioner import checkpoint, images
 from captioner.config import DecodingOptions
-from captioner.decoder import Decoder
-from captioner.decoding import decode
-from captioner.encoder import Encoder, is_file
+from captioner.decoding.explain import Explanation, explain
+from captioner.decoding.search import decode
 from captioner.errors import CheckpointError, WeightsError
-from captioner.explain import Explanation, explain
-from captioner.prepared import PreparedDecoder
-from captioner.prepared_encoder import PreparedEncoder
+from captioner.hub import model_card
+from captioner.networks import weights
+from captioner.networks.decoder import Decoder
+from captioner.networks.encoder import Encoder, is_file
+from captioner.networks.inference import PreparedDecoder
+from captioner.networks.prepared_encoder import PreparedEncoder
 from captioner.vocabulary import Vocabulary
 
 Photo = Path | str | Image.Image

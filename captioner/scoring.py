@@ -18,9 +18,9 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 
 from captioner import __version__, files, metrics
-from captioner.annotations import Annotations, Example
-from captioner.caption_files import ImageId
 from captioner.config import Statistics
+from captioner.datasets.annotations import Annotations, Example
+from captioner.datasets.formats import ImageId
 from captioner.errors import CaptionerError
 
 _NAMED = 3  # ids that an error message names

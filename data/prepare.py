@@ -24,7 +24,7 @@ from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout, not installed
 
-from captioner import annotations
+from captioner.datasets import annotations
 from captioner.errors import CaptionerError
 
 CHUNK = 1 << 20  # bytes read at a time

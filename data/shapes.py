@@ -6,8 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout, not installed
 
+from captioner.datasets.shapes import generate
 from captioner.errors import CaptionerError
-from captioner.shapes import generate
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -20,8 +20,8 @@ def checked(function):
 
 
 # The modules that state shapes, before any of them is imported. jaxtyping imports the checker by its name.
-_STATING = [path.stem for path in (ROOT / "captioner").glob("*.py") if "from jaxtyping" in path.read_text("utf-8")]
-install_import_hook([f"captioner.{name}" for name in _STATING], "conftest.checked")
+_STATING = [path for path in (ROOT / "captioner").rglob("*.py") if "from jaxtyping" in path.read_text("utf-8")]
+install_import_hook([".".join(path.relative_to(ROOT).with_suffix("").parts) for path in _STATING], "conftest.checked")
 
 
 @pytest.fixture

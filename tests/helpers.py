@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from captioner import shapes
 from captioner.config import (
     DataConfig,
     DecoderConfig,
@@ -19,9 +18,10 @@ from captioner.config import (
     OptimisationConfig,
     TrainingConfig,
 )
-from captioner.decoder import Decoder
-from captioner.encoder import Encoder
+from captioner.datasets import shapes
 from captioner.model import Captioner
+from captioner.networks.decoder import Decoder
+from captioner.networks.encoder import Encoder
 from captioner.vocabulary import Vocabulary
 
 ENCODER = EncoderConfig(name="tiny", weights="random", image_size=32)

@@ -18,11 +18,12 @@ from helpers import SENTENCES, isolated, make_model, spoil  # noqa: F401
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from captioner import checkpoint, files, weights
+from captioner import checkpoint, files
 from captioner.checkpoint import CARD, CONFIG, TOKENIZER, WEIGHTS
 from captioner.config import DecoderConfig, DecodingOptions, EncoderConfig
 from captioner.errors import CheckpointError
 from captioner.model import Captioner
+from captioner.networks import weights
 from captioner.vocabulary import Vocabulary
 
 FILES = {WEIGHTS, CONFIG, TOKENIZER, CARD}

@@ -16,11 +16,11 @@ import pytest
 from helpers import data, isolated, make_data, make_model  # noqa: F401
 
 from captioner import cli, metrics, scoring
-from captioner.annotations import Example, load
 from captioner.config import DecodingOptions, Statistics
+from captioner.datasets.annotations import Example, load
 from captioner.errors import CaptionerError
-from captioner.run_folder import fingerprint
 from captioner.scoring import Hypotheses, compare, read_results, references_of
+from captioner.training.run import fingerprint
 
 COCO = {
     "images": [{"id": number, "file_name": f"{number}.jpg"} for number in (1, 2, 3)],

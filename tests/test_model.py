@@ -16,12 +16,13 @@ from huggingface_hub import errors
 from PIL import Image
 from safetensors.torch import save_file
 
-from captioner import Captioner, checkpoint, weights
-from captioner.card import model_card
+from captioner import Captioner, checkpoint
 from captioner.checkpoint import CARD, CONFIG, TOKENIZER, WEIGHTS
 from captioner.config import DecodingOptions
-from captioner.encoder import Encoder
 from captioner.errors import CheckpointError, ImageError, WeightsError
+from captioner.hub import model_card
+from captioner.networks import weights
+from captioner.networks.encoder import Encoder
 
 FILES = {WEIGHTS, CONFIG, TOKENIZER, CARD}
 

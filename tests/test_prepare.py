@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from captioner.annotations import load
+from captioner.datasets.annotations import load
 
 SCRIPT = Path(__file__).resolve().parents[1] / "data" / "prepare.py"
 SHARED = Path(__file__).resolve().parents[2] / "shared"

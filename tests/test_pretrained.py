@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from captioner import Captioner, images, weights
+from captioner import Captioner, images
 from captioner.config import DecodingOptions, EncoderConfig
-from captioner.encoder import Encoder
+from captioner.networks import weights
+from captioner.networks.encoder import Encoder
 
 MINI = weights.PRETRAINED / "mini"
 ROOT = Path(__file__).resolve().parents[1]

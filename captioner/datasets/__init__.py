@@ -1,0 +1,1 @@
+"""Caption files, checked examples, stored features and batches."""

@@ -1,0 +1,1 @@
+"""The search for captions, over anything that can `start` and `step`."""

@@ -1,0 +1,1 @@
+"""The networks in torch: CNNs that give 4096 numbers, and recurrent decoders."""

@@ -1,0 +1,434 @@
+"""The training loop: captions and features -> checkpoints.
+
+Everything random in an epoch follows from the seed, the epoch's number and the process, so a run that is stopped and
+started again gives the same numbers as one that was not, without saving any generator's state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import broadcast, gather_object, set_seed
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the name that everyone uses
+
+from captioner import checkpoint, files, images, metrics
+from captioner.config import TrainingConfig
+from captioner.datasets.batches import Batch, CaptionDataset
+from captioner.errors import CaptionerError, CheckpointError, ImageError, WeightsError
+from captioner.evaluation import describe
+from captioner.model import Caption, Captioner
+from captioner.networks.decoder import Decoder
+from captioner.networks.encoder import Encoder
+from captioner.networks.inference import has_fast_bf16
+from captioner.progress import Progress
+from captioner.scoring import references_of
+from captioner.training import run
+from captioner.training.inputs import Data, prepare
+from captioner.training.reward import Reward
+from captioner.training.run import History
+from captioner.training.schedule import warmed_cosine
+from captioner.training.tracking import Tracker
+from captioner.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
+
+_TRAINING = ("epoch", "train_loss")  # what an epoch's record holds that is not of validation
+_THUMBNAIL = 224  # height and width of photos shown in Weights & Biases, in pixels
+_FEW = 20  # validation photos
+_SAMPLES = 8  # validation photos shown in Weights & Biases
+_LOG_EVERY = 20  # optimiser steps; reading the loss makes the device wait
+
+
+class Network(nn.Module):
+    """What learns: the decoder, and the encoder where it is not frozen."""
+
+    def __init__(self, encoder: Encoder, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.encoder = encoder if encoder.trainable else None
+
+    def forward(self, batch: Batch) -> Float[Tensor, "words vocabulary"]:
+        """Logits of a batch's targets."""
+        logits: Tensor = self.decoder(self.features(batch)[batch.photo], batch.inputs, batch.keep)
+        return logits
+
+    def features(self, batch: Batch) -> Float[Tensor, "photos 4096"]:
+        """What is seen in a batch's photos."""
+        features: Tensor = batch.photos if self.encoder is None else self.encoder(batch.photos)
+        return features
+
+
+def train(config: TrainingConfig) -> History:
+    """Train a model, or go on with a run that was stopped.
+
+    Writes to `config.output`: `best/` and `last/` (models; `last` also holds what is needed to go on), `config.json`,
+    `captions_val.json` (COCO's result format, of the best epoch) and `wandb/`.
+
+    Args:
+        config: all settings.
+
+    Returns:
+        How the run went.
+
+    Raises:
+        CaptionerError: the data, the weights or the folder do not allow it; what was saved before is kept.
+    """
+    try:
+        accelerator = Accelerator(
+            mixed_precision=_mixed_precision(config),
+            # Other processes wait while the first one computes features.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
+        )
+    except ValueError as error:  # not of this device, or not the one that this process has trained with before
+        raise CaptionerError(f"--precision {config.precision} cannot be used: {error}") from None
+    start = None
+    if config.start is not None:
+        try:
+            start = Captioner.from_pretrained(config.start, device="cpu")
+        except WeightsError:
+            if config.encoder.weights == "default":
+                raise
+            start = Captioner.from_pretrained(config.start, encoder_weights=config.encoder.weights, device="cpu")
+        config = dataclasses.replace(config, encoder=start.encoder.config, decoder=start.decoder.config)
+    settings = run.claim(config, write=accelerator.is_main_process)
+    log.info("settings: %s", json.dumps(settings))
+    state = None if start is None or start.encoder.elsewhere else start.encoder.body.state_dict()
+    return Trainer(config, prepare(config, accelerator, state), accelerator, start).run(settings)
+
+
+class Trainer:
+    """The state of a run and the loop over it."""
+
+    def __init__(
+        self, config: TrainingConfig, data: Data, accelerator: Accelerator, start: Captioner | None = None
+    ) -> None:
+        """Build the model and the optimiser.
+
+        Args:
+            config: all settings.
+            data: what to learn from.
+            accelerator: device, precision and processes.
+            start: the model to begin with.
+        """
+        self.config, self.data, self.accelerator = config, data, accelerator
+        options = config.optimisation
+        captions = (caption for example in data.train.examples for caption in example.captions)
+        vocabulary = start.vocabulary if start else Vocabulary.build(captions, config.min_count)
+        self.train, self.val = (
+            CaptionDataset(split.examples, vocabulary, split.source, split.rows, config.max_words)
+            for split in (data.train, data.val)
+        )
+        self._captions_sha256 = run.fingerprint([*data.train.examples, *data.val.examples])
+        set_seed(config.seed)
+        decoder = Decoder(config.decoder, len(vocabulary))
+        if start:
+            decoder.load_state_dict(start.decoder.state_dict())
+        self.reward = None
+        if options.objective == "cider":
+            draws = dataclasses.replace(config.decoding, precision="fp32" if config.precision == "fp32" else "auto")
+            self.reward = Reward(data.train.examples, data.train.rows, vocabulary, draws)
+        groups: list[dict[str, Any]] = [{"params": list(decoder.parameters()), "lr": options.learning_rate}]
+        if data.encoder.trainable:
+            groups.append({"params": list(data.encoder.parameters()), "lr": options.encoder_learning_rate})
+        self._rates: list[float] = [group["lr"] for group in groups]
+        self.network, self.optimiser = accelerator.prepare(
+            Network(data.encoder, decoder), torch.optim.Adam(groups, fused=True)
+        )
+        self.vocabulary = vocabulary
+        self.captioner = self._captioner()
+        self.history = History()
+        self.steps_an_epoch = self.train.steps(options.batch_size, accelerator.num_processes)
+
+    def run(self, settings: Mapping[str, Any]) -> History:
+        """Train to the end.
+
+        Args:
+            settings: the configuration in JSON's types.
+        """
+        self._resume()
+        config, history = self.config, self.history
+        if self._finished():
+            log.info(
+                "%s: this run is finished (%d epochs, the best is %d); choose another --output for a new one",
+                config.output, history.epoch, history.best_epoch,
+            )  # fmt: skip
+            return history
+        wanted = config.tracking == "wandb" and self.accelerator.is_main_process
+        tracker = Tracker.start(config.output, config.project, settings, history.run_id) if wanted else Tracker(None)
+        try:
+            history.run_id = tracker.run_id or history.run_id
+            self._train(tracker)
+        except BaseException:
+            tracker.abandon()
+            raise
+        tracker.finish({"best_epoch": history.best_epoch, "best_cider": history.best_cider})
+        return history
+
+    def _train(self, tracker: Tracker) -> None:
+        """All epochs that are left."""
+        history, main = self.history, self.accelerator.is_main_process
+        log.info(
+            "%s captions of %s photos, %s words; %s steps an epoch on %s",
+            f"{len(self.train):,}", f"{len(self.data.train.examples):,}", f"{len(self.captioner.vocabulary):,}",
+            f"{self.steps_an_epoch:,}", self.accelerator.device,
+        )  # fmt: skip
+        if main and len(self.data.val.examples) < _FEW:
+            log.warning(
+                "validation has %d photos: that is few to choose the best epoch by", len(self.data.val.examples)
+            )
+        while not self._finished():
+            began = time.monotonic()
+            losses = self._epoch(tracker)
+            captions, scores = self._validate()
+            history.epoch += 1
+            history.seconds += time.monotonic() - began
+            history.epochs.append({**losses, **scores})
+            better = self._better(scores)
+            if better:
+                history.best_cider, history.best_epoch = scores["cider"], history.epoch
+            if main:
+                self._save(better, captions)
+                self._report(tracker, captions)
+            self.accelerator.wait_for_everyone()
+
+    def _better(self, scores: Mapping[str, float]) -> bool:
+        """Whether these are the best so far, by CIDEr; where it is the same, as it is of one photo, by the loss."""
+        history = self.history
+        if scores["cider"] != history.best_cider:
+            return scores["cider"] > history.best_cider
+        return scores["val_loss"] < history.epochs[history.best_epoch - 1]["val_loss"]
+
+    def _epoch(self, tracker: Tracker) -> dict[str, float]:
+        """One pass over the training captions."""
+        accelerator, options, history = self.accelerator, self.config.optimisation, self.history
+        # Dropout of this epoch, on this process.
+        entropy = (self.config.seed, history.epoch, accelerator.process_index)
+        set_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        self.network.train()
+        total = torch.zeros(2, device=accelerator.device, dtype=torch.float64)  # sum of losses, number of words
+        batches = self.train.epoch(
+            history.epoch,
+            batch_size=options.batch_size,
+            seed=self.config.seed,
+            rank=accelerator.process_index,
+            processes=accelerator.num_processes,
+            by_photo=self.data.encoder.trainable or self.reward is not None,
+        )
+        with Progress(
+            f"epoch {history.epoch + 1}", len(self.train), "captions", shown=accelerator.is_main_process
+        ) as progress:
+            for batch in batches:
+                batch = batch.to(accelerator.device)
+                if options.mirror:
+                    batch = _mirrored(batch)
+                share = self._schedule(history.step)
+                for group, rate in zip(self.optimiser.param_groups, self._rates, strict=True):
+                    group["lr"] = rate * share
+                loss, shown = self._loss(batch)
+                self.optimiser.zero_grad()
+                accelerator.backward(loss)
+                norm = accelerator.clip_grad_norm_(self.network.parameters(), options.gradient_clip)
+                self.optimiser.step()
+                history.step += 1
+                words = len(batch.targets)
+                total += torch.stack((shown * words, torch.full_like(shown, words)))
+                note = ""
+                if history.step % _LOG_EVERY == 0 or history.step == 1:
+                    value = self._finite(float(shown))
+                    note = f"loss {value:.3f}"
+                    tracker.log(
+                        history.step,
+                        {
+                            "train/loss": value,
+                            "train/gradient_norm": float(norm),
+                            "train/learning_rate": options.learning_rate * share,
+                            "train/epoch": history.step / self.steps_an_epoch,
+                        },
+                    )
+                progress.advance(len(batch.lengths) * accelerator.num_processes, note)
+        loss_sum, word_count = accelerator.reduce(total, "sum")
+        return {"epoch": history.epoch + 1, "train_loss": self._finite(float(loss_sum / word_count))}
+
+    def _loss(self, batch: Batch) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """What is minimised, and what is told: the cross-entropy, or minus the mean reward."""
+        options = self.config.optimisation
+        if self.reward is None:
+            with self.accelerator.autocast():
+                logits = self.network(batch)
+            loss = F.cross_entropy(logits.float(), batch.targets, label_smoothing=options.label_smoothing)
+            return loss, loss.detach()
+        network = self.accelerator.unwrap_model(self.network)
+        # Another seed at every step: what is drawn also depends on the photo, so processes need none of their own.
+        seed = self.config.seed * 2**31 + self.history.step
+        with torch.no_grad():
+            features = network.features(batch)
+        drawn = self.reward.draw(network.decoder, features, batch, seed=seed)
+        if not len(drawn.batch.targets):  # a network whose weights are no numbers writes nothing
+            self._finite(math.nan)
+        with self.accelerator.autocast():
+            logits = self.network(drawn.batch)
+        loss = self.reward.loss(logits, drawn)
+        return loss, 0 * loss.detach() - drawn.reward  # no number where the loss is none
+
+    @torch.inference_mode()
+    def _validate(self) -> tuple[list[Caption], dict[str, float]]:
+        """Captions, scores and loss of the validation photos; each process takes a share of the captions."""
+        self.network.eval()
+        self.captioner = self._captioner()
+        accelerator, split = self.accelerator, self.data.val
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        if processes > 1:  # running statistics of the first process, which are the ones that are saved
+            for buffer in self.network.buffers():
+                buffer.copy_(broadcast(buffer))
+        captions = describe(self.captioner, split.source, split.rows[rank::processes])
+        if processes > 1:
+            numbered = gather_object(list(zip(range(rank, len(split.rows), processes), captions, strict=True)))
+            captions = [caption for _, caption in sorted(numbered, key=lambda pair: pair[0])]
+        # Everyone computes the scores, so that everyone takes the same decisions.
+        references = references_of(split.examples)
+        scores = metrics.score(references, dict(zip(references, (caption.text for caption in captions), strict=True)))
+        total, words = 0.0, 0
+        for batch in self.val.epoch(
+            0, batch_size=self.config.optimisation.batch_size, seed=0, by_photo=self.data.encoder.trainable
+        ):
+            batch = batch.to(accelerator.device)
+            logits = accelerator.unwrap_model(self.network)(batch)
+            total += float(F.cross_entropy(logits, batch.targets, reduction="sum"))
+            words += len(batch.targets)
+        return captions, {"val_loss": self._finite(total / words), **scores}
+
+    def _captioner(self) -> Captioner:
+        """The model with the weights of now."""
+        network = self.accelerator.unwrap_model(self.network)
+        return Captioner(self.data.encoder, network.decoder, self.vocabulary, self.config.decoding)
+
+    def _schedule(self, step: int) -> float:
+        """Share of the learning rate."""
+        options = self.config.optimisation
+        return warmed_cosine(step, options.epochs * self.steps_an_epoch, options.warmup_steps, last=0.01)
+
+    def _finished(self) -> bool:
+        history, options = self.history, self.config.optimisation
+        return history.epoch >= options.epochs or history.epoch - history.best_epoch >= options.patience
+
+    def _finite(self, loss: float) -> float:
+        if math.isfinite(loss):
+            return loss
+        raise CaptionerError(
+            f"the loss is {loss} at step {self.history.step:,}; the checkpoints of earlier epochs are kept: "
+            "lower --optimisation.learning-rate or use --precision fp32, with a new --output"
+        )
+
+    def _report(self, tracker: Tracker, captions: Sequence[Caption]) -> None:
+        history = self.history
+        scores = history.epochs[-1]
+        best = " (best so far)" if history.best_epoch == history.epoch else ""
+        log.info(
+            "epoch %d: loss %.3f, validation loss %.3f, BLEU-4 %.4f, CIDEr %.4f%s",
+            history.epoch, scores["train_loss"], scores["val_loss"], scores["bleu_4"], scores["cider"], best,
+        )  # fmt: skip
+        tracker.log(
+            history.step,
+            {f"val/{name.removeprefix('val_')}": value for name, value in scores.items() if name not in _TRAINING},
+        )
+        pairs = list(zip(self.data.val.examples, captions, strict=True))
+        rows = []
+        for example, caption in pairs[:: max(1, len(pairs) // _SAMPLES)][:_SAMPLES]:
+            with contextlib.suppress(ImageError):  # a photo that has gone since: its caption is no reason to stop
+                pixels = images.load(example.path, _THUMBNAIL).permute(1, 2, 0).numpy()
+                rows.append((pixels, caption.text, caption.logprob, "\n".join(example.captions)))
+        tracker.samples(history.step, ("photo", "caption", "log-probability", "human captions"), rows)
+
+    def _save(self, better: bool, captions: Sequence[Caption]) -> None:
+        history, output = self.history, self.config.output
+        names = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider")
+        self.captioner.training = {
+            "data": self.data.name,
+            "train_photos": len(self.data.train.examples),
+            "val_photos": len(self.data.val.examples),
+            "captions_sha256": self._captions_sha256,
+            "train_sha256": run.fingerprint(self.data.train.examples),
+            "val_share": self.config.data.val_share,
+            "restval": self.config.data.restval,
+            "start": None if self.config.start is None else Path(self.config.start).name,
+            "objective": self.config.optimisation.objective,
+            "epoch": history.epoch,
+            "seed": self.config.seed,
+            "seconds": round(history.seconds, 1),
+            "scores": {name: history.epochs[-1][name] for name in names},
+        }
+        if better:
+            results = [
+                {"image_id": example.image_id, "caption": caption.text}
+                for example, caption in zip(self.data.val.examples, captions, strict=True)
+            ]
+            self.captioner.save_pretrained(output / "best")
+            try:
+                files.write(output / "captions_val.json", json.dumps(results, indent=0) + "\n")
+            except OSError as error:
+                raise CheckpointError(
+                    f"{output / 'captions_val.json'}: cannot be written ({error.strerror}); make room and run again"
+                ) from None
+        with checkpoint.replacing(output / "last") as folder:
+            self.captioner.write(folder)
+            run.save_state(folder, history, self.optimiser)
+
+    def _resume(self) -> None:
+        """Go on from the last checkpoint, where there is one."""
+        last = self.config.output / "last"
+        if not checkpoint.recover(last):
+            return
+        saved = checkpoint.read(last)
+        if saved.training.get("captions_sha256") != self._captions_sha256:
+            raise CheckpointError(
+                f"{last}: was trained with other photos or captions than the data now has "
+                f"({saved.training.get('train_photos')} photos of training then, {len(self.data.train.examples)} now); "
+                "choose another --output"
+            )
+        if saved.vocabulary.sha256 != self.captioner.vocabulary.sha256:
+            raise CheckpointError(
+                f"{last}: its vocabulary ({len(saved.vocabulary):,} words) is not what this version makes of the data "
+                f"({len(self.captioner.vocabulary):,} words); choose another --output"
+            )
+        encoder = self.data.encoder
+        if not encoder.trainable and saved.encoder_sha256 != encoder.weights_sha256:
+            raise CheckpointError(
+                f"{last}: was trained with other {encoder.config.name} weights ({saved.encoder_sha256[:12]}, "
+                f"not {encoder.weights_sha256[:12]}); give those with --encoder.weights, or choose another --output"
+            )
+        checkpoint.fill(self.captioner.decoder, saved.decoder_state, str(last))
+        if self.data.encoder.trainable:
+            checkpoint.fill(self.data.encoder.body, saved.encoder_state or {}, str(last))
+        self.history = run.load_state(last, self.optimiser)
+        log.info("%s: going on after epoch %d", last, self.history.epoch)
+
+
+def _mirrored(batch: Batch) -> Batch:
+    """A batch of whose photos about half, at random, are mirrored."""
+    chosen = torch.rand(len(batch.photos), 1, 1, 1, device=batch.photos.device) < 0.5
+    return dataclasses.replace(batch, photos=torch.where(chosen, batch.photos.flip(3), batch.photos))
+
+
+def _mixed_precision(config: TrainingConfig) -> str | None:
+    """Accelerate's name for the precision to compute in; None leaves it to `accelerate launch`."""
+    if config.precision != "auto":
+        return {"fp32": "no"}.get(config.precision, config.precision)
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return "bf16" if has_fast_bf16(device) else "no"

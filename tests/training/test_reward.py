@@ -1,0 +1,185 @@
+"""Self-critical training: the right captions are made likelier, and captions get better by it."""
+
+# ruff: noqa: F811
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import data, isolated, make_config, make_model  # noqa: F401
+
+from captioner import Captioner, checkpoint
+from captioner.config import TrainingConfig
+from captioner.datasets.annotations import Example
+from captioner.datasets.batches import Batch
+from captioner.errors import CaptionerError
+from captioner.metrics import CiderD
+from captioner.training.reward import Reward
+from captioner.training.trainer import train
+
+
+def some_batch(count: int) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    nothing = torch.zeros(count, 1, dtype=torch.int64)
+    numbers = torch.arange(count)
+    return Batch(torch.rand(count, 4096, generator=generator), numbers + 10, numbers, nothing, torch.ones_like(numbers))
+
+
+@pytest.fixture
+def model() -> Captioner:
+    model = make_model()
+    torch.nn.init.normal_(model.decoder.output.weight, std=0.3)  # unsure, so that it draws different captions
+    return model
+
+
+@pytest.fixture
+def examples(model: Captioner) -> list[Example]:
+    captions = ("a red circle", "two dogs run", "the man's green star is small", "a blue square above a circle")
+    return [Example(str(n), Path(f"{n}.jpg"), (captions[n], captions[n - 1]), "train") for n in range(4)]
+
+
+def test_what_is_drawn_is_weighed_by_what_it_is_worth(model: Captioner, examples: list[Example]) -> None:
+    vocabulary, batch = model.vocabulary, some_batch(4)
+    reward = Reward(examples, np.arange(10, 14), vocabulary)
+    drawn = reward.draw(model.decoder, batch.photos, batch, seed=1)
+    found = drawn.batch
+    assert found.photo.tolist() == [n for n in range(4) for _ in range(5)]
+    assert (found.tokens[:, 0] == vocabulary.start).all()
+    ends = [vocabulary.end in row for row in found.tokens.tolist()]
+    assert any(ends)
+    hypotheses = [
+        [vocabulary.tokenizer.id_to_token(index) for index in row[1:length]]
+        for row, length in zip(found.tokens.tolist(), found.lengths.tolist(), strict=True)
+    ]
+    assert all("[end]" not in words[:-1] and "[pad]" not in words for words in hypotheses)
+    references = {
+        n: [[*vocabulary.words(ids[1:]), "[end]"] for ids in vocabulary.encode(list(example.captions))]
+        for n, example in enumerate(examples)
+    }
+    scores = CiderD(references)(found.photo.tolist(), hypotheses).reshape(4, 5)
+    assert drawn.reward == pytest.approx(scores.mean())
+    assert scores.any()
+    weights = iter(drawn.weights.split([length - 1 for length in found.lengths.tolist()]))
+    for photo in range(4):
+        for caption in range(5):
+            others = np.delete(scores[photo], caption).mean()
+            assert torch.allclose(next(weights), torch.tensor(scores[photo, caption] - others).float(), atol=1e-5)
+
+
+def test_another_seed_draws_other_captions(model: Captioner, examples: list[Example]) -> None:
+    reward, batch = Reward(examples, np.arange(10, 14), model.vocabulary), some_batch(4)
+    one, same, other = (reward.draw(model.decoder, batch.photos, batch, seed=seed).batch for seed in (1, 1, 2))
+    assert torch.equal(one.tokens, same.tokens)
+    assert one.tokens.shape != other.tokens.shape or not torch.equal(one.tokens, other.tokens)
+
+
+def test_its_gradient_raises_the_expected_reward(model: Captioner, examples: list[Example]) -> None:
+    reward, batch = Reward(examples, np.arange(10, 14), model.vocabulary), some_batch(4)
+    decoder = model.decoder
+    optimiser = torch.optim.Adam(decoder.parameters(), 0.01)
+    rewards = []
+    for step in range(150):
+        drawn = reward.draw(decoder, batch.photos, batch, seed=step)
+        rewards.append(drawn.reward)
+        found = drawn.batch
+        logits = decoder(found.photos[found.photo], found.inputs, found.keep)
+        loss = reward.loss(logits, drawn)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert np.mean(rewards[-10:]) > 2 * np.mean(rewards[:10])
+
+
+def test_what_is_never_drawn_gains_nothing(model: Captioner, examples: list[Example]) -> None:
+    vocabulary, batch = model.vocabulary, some_batch(4)
+    reward = Reward(examples, np.arange(10, 14), vocabulary)
+    drawn = reward.draw(model.decoder, batch.photos, batch, seed=1)
+    found = drawn.batch
+    logits = model.decoder(found.photos[found.photo], found.inputs, found.keep).detach().requires_grad_()
+    reward.loss(logits, drawn).backward()
+    assert logits.grad is not None
+    gains = logits.grad.abs().sum(0) > 0
+    never = {vocabulary.pad, vocabulary.start, vocabulary.unk}
+    assert {index for index, gain in enumerate(gains.tolist()) if not gain} == never
+
+
+# Training ----------------------------------------------------------------------------------------------------------
+
+
+def second(config: TrainingConfig, output: Path, **optimisation: Any) -> TrainingConfig:
+    """A run that begins with the model of another."""
+    changed = replace(config.optimisation, **optimisation)
+    return replace(config, start=str(config.output), output=output, optimisation=changed)
+
+
+def test_a_run_begins_with_the_model_of_another(data: Path, tmp_path: Path) -> None:
+    first = make_config(data, tmp_path / "first", epochs=1)
+    train(first)
+    still = second(first, tmp_path / "second", learning_rate=1e-12)
+    train(replace(still, min_count=3, decoder=replace(still.decoder, hidden_size=999)))
+    one, two = (checkpoint.read(tmp_path / name / "best") for name in ("first", "second"))
+    assert one.decoder == two.decoder
+    assert one.vocabulary.sha256 == two.vocabulary.sha256
+    for name, tensor in one.decoder_state.items():
+        if not name.startswith("standard"):
+            assert torch.allclose(tensor, two.decoder_state[name], atol=1e-8)
+    train(second(first, tmp_path / "third", encoder_learning_rate=0.01))
+    third = checkpoint.read(tmp_path / "third" / "best")
+    assert one.encoder_state is not None
+    assert third.encoder_state is not None
+    assert any(not torch.equal(tensor, third.encoder_state[name]) for name, tensor in one.encoder_state.items())
+    fourth = second(replace(first, output=tmp_path / "third"), tmp_path / "fourth")
+    train(replace(fourth, data=replace(first.data, features=tmp_path / "others")))  # its CNN is with it
+    last = checkpoint.read(tmp_path / "fourth" / "best")
+    assert last.encoder_sha256 == third.encoder_sha256
+    assert last.encoder_state is not None
+
+
+def test_a_run_with_reward_goes_on_where_it_was_stopped(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, "captioner")
+    first = make_config(data, tmp_path / "first", epochs=1)
+    train(first)
+    whole, parts = (second(first, tmp_path / name, objective="cider", epochs=2) for name in ("whole", "parts"))
+    expected = train(whole)
+    from captioner.training.trainer import Trainer
+
+    epoch = Trainer._epoch
+
+    def stop(self: Trainer, *arguments: Any) -> dict[str, float]:
+        if self.history.epoch == 1:
+            raise KeyboardInterrupt
+        return epoch(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_epoch", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(parts)
+    found = train(parts)
+    assert [e["train_loss"] for e in found.epochs] == [e["train_loss"] for e in expected.epochs]
+    assert found.epochs[0]["train_loss"] <= 0  # minus the reward
+    one, two = (checkpoint.read(tmp_path / name / "last") for name in ("whole", "parts"))
+    assert all(torch.equal(tensor, two.decoder_state[name]) for name, tensor in one.decoder_state.items())
+
+
+def test_a_reward_needs_a_model_that_writes(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        CaptionerError, match=r'objective "cider" needs a model that writes already; give one with --st'
+    ):
+        make_config(data, tmp_path, objective="cider")
+
+
+def test_a_model_that_writes_nothing(data: Path, tmp_path: Path) -> None:
+    first = make_config(data, tmp_path / "first", epochs=1)
+    train(first)
+    broken = Captioner.from_pretrained(tmp_path / "first")
+    torch.nn.init.constant_(broken.decoder.output.weight, torch.nan)
+    broken.save_pretrained(tmp_path / "broken")
+    config = second(replace(first, output=tmp_path / "broken"), tmp_path / "second", objective="cider")
+    with pytest.raises(CaptionerError, match=r"^the loss is nan at step 0; the checkpoints of earlier epochs are kept"):
+        train(config)

@@ -1,0 +1,578 @@
+"""Training learns, saves what it learnt, goes on exactly where it stopped, and refuses what cannot be gone on with."""
+
+# ruff: noqa: F811
+
+import errno
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import data, isolated, make_config, make_data, make_photo, train_arguments  # noqa: F401
+from safetensors.torch import load_file
+
+from captioner import Captioner, checkpoint, cli, files, metrics
+from captioner.config import DataConfig, TrainingConfig
+from captioner.datasets.annotations import load
+from captioner.errors import CaptionerError, CheckpointError
+from captioner.training import run as run_folder
+from captioner.training import trainer
+from captioner.training.trainer import History, Trainer, train
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class StoppedError(Exception):
+    """As if somebody had pulled the plug."""
+
+
+def stop_in_epoch(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """End the next run in the middle of an epoch."""
+    schedule = Trainer._schedule
+
+    def stop(self: Trainer, step: int) -> float:
+        if self.history.epoch == number - 1 and step % self.steps_an_epoch == self.steps_an_epoch // 2:
+            raise StoppedError
+        return schedule(self, step)
+
+    monkeypatch.setattr(Trainer, "_schedule", stop)
+
+
+def scores_in_order(monkeypatch: pytest.MonkeyPatch, *cider: float) -> None:
+    """Let validation say these CIDEr scores, one an epoch."""
+    said = iter(cider)
+    names = [name for name in metrics.METRICS if name != "cider"]
+    monkeypatch.setattr(metrics, "score", lambda *_: {**dict.fromkeys(names, 0.1), "cider": next(said)})
+
+
+def everything_learnt(run: Path) -> dict[str, Any]:
+    """All numbers of a run, without those that tell the time."""
+    history = json.loads((run / "last" / "training.json").read_text())
+    del history["seconds"]
+    return {
+        "history": history,
+        "captions": (run / "captions_val.json").read_bytes(),
+        **{
+            f"{name}/{file}": load_file(run / name / f"{file}.safetensors")
+            for name, file in (("best", "model"), ("last", "model"), ("last", "training_state"))
+        },
+    }
+
+
+def assert_same(one: Path, other: Path) -> None:
+    first, second = everything_learnt(one), everything_learnt(other)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        if isinstance(value, dict) and "history" not in name:
+            assert value.keys() == second[name].keys()
+            for tensor in value:
+                assert torch.equal(value[tensor], second[name][tensor]), (name, tensor)
+        else:
+            assert value == second[name]
+
+
+# A whole run -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainingConfig, History]:
+    """A run of eight epochs that went to its end; not to be changed."""
+    config = make_config(data, tmp_path_factory.mktemp("run") / "run", epochs=8, learning_rate=0.03)
+    return config, train(config)
+
+
+def test_a_run_leaves_what_others_need(finished: tuple[TrainingConfig, History]) -> None:
+    config, history = finished
+    run = config.output
+    assert {path.name for path in run.iterdir() if not path.name.startswith(".")} == {
+        "best", "last", "config.json", "captions_val.json",
+    }  # fmt: skip
+    settings = json.loads((run / "config.json").read_text())
+    assert settings["optimisation"]["epochs"] == 8
+    assert settings["data"]["data"] == str(config.data.data)
+    saved = json.loads((run / "last" / "training.json").read_text())
+    assert saved["epoch"] == history.epoch == 8
+    assert saved["step"] == 8 * 4  # 60 captions, 16 a step
+    assert len(saved["epochs"]) == 8
+    assert history.best_cider == max(epoch["cider"] for epoch in history.epochs)
+    assert history.epochs[history.best_epoch - 1]["cider"] == history.best_cider
+
+
+def test_the_loss_falls(finished: tuple[TrainingConfig, History]) -> None:
+    _, history = finished
+    losses = [epoch["train_loss"] for epoch in history.epochs]
+    assert abs(losses[0] - np.log(27)) < 0.3  # at first it knows nothing
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] - 0.5
+    assert history.epochs[-1]["val_loss"] < history.epochs[0]["val_loss"] - 0.5
+
+
+def test_the_best_model_writes_the_captions_that_were_scored(finished: tuple[TrainingConfig, History]) -> None:
+    config, history = finished
+    results = json.loads((config.output / "captions_val.json").read_text())
+    examples = load(config.data.data).split("val")
+    model = Captioner.from_pretrained(config.output)
+    assert [row["image_id"] for row in results] == [example.image_id for example in examples]
+    assert [row["caption"] for row in results] == [model.caption(example.path).text for example in examples]
+    scores = metrics.score(
+        {example.image_id: example.captions for example in examples},
+        {row["image_id"]: row["caption"] for row in results},
+    )
+    best = history.epochs[history.best_epoch - 1]
+    assert {name: best[name] for name in scores} == pytest.approx(scores, abs=1e-12)
+    assert model.training["scores"]["cider"] == scores["cider"]
+    assert (model.training["epoch"], model.training["train_photos"], model.training["val_photos"]) == (
+        history.best_epoch, 12, 4,
+    )  # fmt: skip
+    assert model.options == config.decoding
+
+
+def test_a_finished_run_does_nothing_and_says_so(
+    finished: tuple[TrainingConfig, History], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, history = finished
+    before = {path: path.stat().st_mtime_ns for path in config.output.rglob("*/*")}
+    monkeypatch.setattr(Trainer, "_epoch", lambda *_: pytest.fail("trains"))
+    caplog.set_level(logging.INFO)
+    again = train(replace(config, tracking="wandb"))
+    assert again == history
+    assert {path: path.stat().st_mtime_ns for path in config.output.rglob("*/*")} == before
+    assert f"this run is finished (8 epochs, the best is {history.best_epoch}); choose another --output" in caplog.text
+    assert not (config.output / "wandb").exists()
+
+
+def test_the_encoder_learns_where_it_may(data: Path, tmp_path: Path) -> None:
+    config = make_config(data, tmp_path / "run", epochs=3, encoder_learning_rate=0.01)
+    history = train(config)
+    assert history.epochs[-1]["train_loss"] < history.epochs[0]["train_loss"]
+    assert not (tmp_path / "features").exists()
+    states = [load_file(tmp_path / "run" / name / "model.safetensors") for name in ("best", "last")]
+    untrained = Captioner.from_pretrained(tmp_path / "run").encoder.__class__(config.encoder).body.state_dict()
+    assert all(not torch.equal(states[1][f"encoder.{name}"], untrained[name]) for name in untrained)
+    results = json.loads((tmp_path / "run" / "captions_val.json").read_text())
+    model = Captioner.from_pretrained(tmp_path / "run")
+    assert [row["caption"] for row in results] == [
+        model.caption(example.path).text for example in load(data).split("val")
+    ]
+
+
+# Stopped and started again -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimisation", [{}, {"encoder_learning_rate": 0.01}], ids=["decoder", "encoder"])
+def test_resumed_equals_uninterrupted(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    optimisation: dict[str, float],
+) -> None:
+    whole = make_config(data, tmp_path / "whole", epochs=4, **optimisation)
+    parts = make_config(data, tmp_path / "parts", epochs=4, **optimisation)
+    train(whole)
+    for number in (1, 3, 4):  # before any checkpoint, then after two, then after another one
+        with monkeypatch.context() as patch:
+            stop_in_epoch(patch, number)
+            with pytest.raises(StoppedError):
+                train(parts)
+    train(parts)
+    assert_same(whole.output, parts.output)
+
+
+def test_standard_features_are_resumed_too(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Running statistics are part of what is saved."""
+    whole, parts = (make_config(data, tmp_path / name, epochs=3) for name in ("whole", "parts"))
+    whole, parts = (replace(c, decoder=replace(c.decoder, feature_norm="standard", layers=2)) for c in (whole, parts))
+    train(whole)
+    with monkeypatch.context() as patch:
+        stop_in_epoch(patch, 3)
+        with pytest.raises(StoppedError):
+            train(parts)
+    train(parts)
+    assert_same(whole.output, parts.output)
+
+
+@pytest.mark.slow
+def test_killed_and_started_again(data: Path, tmp_path: Path) -> None:
+    """With SIGKILL, at whatever moment after the second epoch was saved."""
+    epochs = ("--optimisation.epochs", "40")
+    whole, parts = (train_arguments(data, tmp_path / name, *epochs) for name in ("whole", "parts"))
+    process = subprocess.Popen([sys.executable, "train.py", *parts], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("epoch 2:"):
+            break
+    else:
+        pytest.fail("the run ended by itself")
+    process.kill()
+    process.stderr.close()
+    assert process.wait() == -signal.SIGKILL
+    saved = json.loads((tmp_path / "parts" / "last" / "training.json").read_text())["epoch"]
+    assert 1 <= saved < 40
+    assert cli.train(parts) == cli.train(whole) == 0
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_stopped_while_saving(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best is saved and the last is not: the epoch is done again."""
+    whole, parts = (make_config(data, tmp_path / name, epochs=3) for name in ("whole", "parts"))
+    train(whole)
+    with monkeypatch.context() as patch:
+
+        def stop(*_: object) -> None:
+            raise StoppedError
+
+        patch.setattr(run_folder, "save_state", stop)
+        with pytest.raises(StoppedError):
+            train(parts)
+    assert (parts.output / "best").exists()
+    assert not (parts.output / "last").exists()
+    train(parts)
+    assert_same(whole.output, parts.output)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: replace(c, seed=1), "seed was 0, now 1"),
+        (lambda c: replace(c, min_count=2), "min_count was 1, now 2"),
+        (lambda c: replace(c, decoder=replace(c.decoder, cell="gru")), "decoder.cell was 'lstm', now 'gru'"),
+        (
+            lambda c: replace(c, optimisation=replace(c.optimisation, batch_size=8, epochs=9)),
+            r"optimisation.(batch_size was 16, now 8|epochs was 2, now 9).*; optimisation",
+        ),
+        (lambda c: replace(c, decoding=replace(c.decoding, forbidden_words=("red",))), r"was \[\], now \['red'\]"),
+    ],
+)
+def test_other_settings_are_refused(
+    data: Path,
+    tmp_path: Path,
+    change: Callable[[TrainingConfig], TrainingConfig],
+    said: str,
+) -> None:
+    config = make_config(data, tmp_path / "run", epochs=2)
+    train(config)
+    before = {path: path.read_bytes() for path in config.output.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match=f"run: holds a run with other settings: .*{said}.*; choose another"):
+        train(change(config))
+    assert {path: path.read_bytes() for path in config.output.rglob("*") if path.is_file()} == before
+
+
+def test_settings_may_be_corrected_until_something_is_learnt(data: Path, tmp_path: Path) -> None:
+    config = make_config(data, tmp_path / "run", epochs=1)
+    wrong = replace(config, data=DataConfig(data=tmp_path / "nothing"))
+    with pytest.raises(CaptionerError, match="nothing: is not there"):
+        train(wrong)
+    train(config)
+    assert json.loads((config.output / "config.json").read_text())["data"]["data"] == str(data)
+    train(replace(config, tracking="none", project="another"))  # these may always change
+
+
+def change_captions(folder: Path, change: Callable[[str], str]) -> None:
+    path = folder / "captions.jsonl"
+    path.write_text(change(path.read_text()))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace("a red", "a crimson", 1),
+        lambda text: "".join(reversed(text.splitlines(keepends=True))),  # the same words, and the same vocabulary
+        lambda text: text.replace('"train"', '"val"', 5),
+    ],
+    ids=["words", "order", "splits"],
+)
+def test_other_captions_are_refused(tmp_path: Path, change: Callable[[str], str]) -> None:
+    config = make_config(make_data(tmp_path / "data"), tmp_path / "run", epochs=1)
+    train(config)
+    before = (tmp_path / "run" / "last" / "model.safetensors").read_bytes()
+    change_captions(tmp_path / "data", change)
+    with pytest.raises(CheckpointError, match=r"was trained with other photos or captions .*choose another --out"):
+        train(config)
+    assert (tmp_path / "run" / "last" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("training.json", b"{", "the state of the training cannot be read"),
+        ("training.json", b'{"epok": 3}', "the state of the training cannot be read .*sha256"),
+        ("training_state.safetensors", b"12345678", "the state of the training cannot be read .*training_state"),
+        ("training.json", None, "the state of the training cannot be read .*No such file"),
+        ("training_state.safetensors", None, "the state of the training cannot be read .*training_state"),
+        ("model.safetensors", None, "model.safetensors: missing"),
+        ("tokenizer.json", b"{}", "tokenizer.json: altered"),
+    ],
+)
+def test_a_damaged_state_is_named(
+    finished: tuple[TrainingConfig, History], tmp_path: Path, name: str, content: bytes | None, said: str
+) -> None:
+    config = replace(finished[0], output=tmp_path / "run")
+    shutil.copytree(finished[0].output, tmp_path / "run")
+    path = tmp_path / "run" / "last" / name
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=said) as caught:
+        train(config)
+    assert str(tmp_path / "run") in str(caught.value)
+
+
+def test_settings_that_are_not_json(finished: tuple[TrainingConfig, History], tmp_path: Path) -> None:
+    shutil.copytree(finished[0].output, tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config.json: damaged, not JSON .*; choose another --output"):
+        train(replace(finished[0], output=tmp_path / "run"))
+
+
+# When it ends ------------------------------------------------------------------------------------------------------
+
+
+def test_the_epoch_with_the_best_cider_is_kept(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scores_in_order(monkeypatch, 0.1, 0.4, 0.3, 0.3)
+    config = make_config(data, tmp_path / "run", epochs=4)
+    history = train(config)
+    assert (history.best_epoch, history.best_cider, history.epoch) == (2, 0.4, 4)
+    best, last = (checkpoint.read(tmp_path / "run" / name) for name in ("best", "last"))
+    assert (best.training["epoch"], last.training["epoch"]) == (2, 4)
+    assert best.training["scores"]["cider"] == 0.4
+    results = json.loads((tmp_path / "run" / "captions_val.json").read_text())
+    model = Captioner.from_pretrained(tmp_path / "run")
+    assert [row["caption"] for row in results] == [model.caption(e.path).text for e in load(data).split("val")]
+
+
+def test_it_stops_when_nothing_gets_better(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(data, tmp_path / "run", epochs=50, patience=2)
+    scores_in_order(monkeypatch, 0.1, 0.2, 0.19, 0.15)
+    history = train(config)
+    assert (history.best_epoch, history.epoch) == (2, 4)
+    assert train(config) == history  # and is finished
+
+
+@pytest.mark.parametrize("rate", [0.01, -0.01])
+def test_where_cider_tells_nothing_the_loss_does(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, rate: float
+) -> None:
+    """CIDEr of a single photo is always 0. A learning rate below 0 makes the loss rise."""
+    scores_in_order(monkeypatch, 0.0, 0.0, 0.0)
+    schedule = Trainer._schedule
+    monkeypatch.setattr(Trainer, "_schedule", lambda self, step: schedule(self, step) * rate / 0.01)
+    with caplog.at_level(logging.WARNING):
+        history = train(make_config(data, tmp_path / "run", patience=1, epochs=3))
+    assert (history.epoch, history.best_epoch) == ((3, 3) if rate > 0 else (2, 1))
+    assert (tmp_path / "run" / "best").exists()
+    assert "validation has 4 photos: that is few to choose the best epoch by" in caplog.text
+
+
+# What goes wrong ---------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_no_number(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = make_config(data, tmp_path / "run", epochs=4)
+    schedule = Trainer._schedule
+    monkeypatch.setattr(Trainer, "_schedule", lambda self, step: schedule(self, step) if step < 10 else 1e38)
+    with pytest.raises(CaptionerError, match=r"the loss is (nan|inf) at step \d+; .*are kept: lower --optimisation.l"):
+        train(config)
+    assert json.loads((tmp_path / "run" / "last" / "training.json").read_text())["epoch"] == 2
+    for name in ("best", "last"):
+        state = load_file(tmp_path / "run" / name / "model.safetensors")
+        assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+def test_weights_that_became_no_numbers_in_the_last_step_are_not_saved(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The losses of the epoch were all finite; those of validation are not."""
+    schedule = Trainer._schedule
+    monkeypatch.setattr(Trainer, "_schedule", lambda self, step: schedule(self, step) if step != 7 else float("nan"))
+    with pytest.raises(CaptionerError, match="the loss is nan at step 8"):
+        train(make_config(data, tmp_path / "run", epochs=4))
+    assert checkpoint.read(tmp_path / "run" / "last").training["epoch"] == 1
+
+
+@pytest.mark.parametrize("fails", ["best", "last", "captions"])
+def test_a_disk_that_fills_while_saving(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fails: str,
+) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    arguments = train_arguments(data, tmp_path / "run", "--optimisation.epochs", "3")
+    with monkeypatch.context() as patch:
+        scores_in_order(patch, 0.1, 0.2, 0.3)
+        save, write_text = checkpoint.write, files.write
+
+        def fail_to_save(folder: Path, saved: checkpoint.Checkpoint, card: str, *, packed: bool) -> None:
+            if saved.training["epoch"] == 2 and fails in folder.name:
+                raise full
+            save(folder, saved, card, packed=packed)
+
+        def fail_to_write(path: Path, text: str) -> None:
+            if fails in path.name and (tmp_path / "run" / "last").exists():
+                raise full
+            write_text(path, text)
+
+        patch.setattr(checkpoint, "write", fail_to_save)
+        patch.setattr(files, "write", fail_to_write)
+        assert cli.train(arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert "No space left on device" in error
+    assert "make room and run again" in error
+    assert checkpoint.read(tmp_path / "run" / "last").training["epoch"] == 1
+    Captioner.from_pretrained(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        scores_in_order(patch, 0.2, 0.3)
+        assert cli.train(arguments) == 0
+    assert "best epoch 3 of 3" in capsys.readouterr().out
+
+
+def test_an_output_that_cannot_be_written(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"file/run: cannot be written"):
+        train(make_config(data, tmp_path / "file" / "run"))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.01], ids=["features", "photos"])
+def test_a_photo_that_cannot_be_read_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture, rate: float) -> None:
+    folder = make_data(tmp_path / "data")
+    examples = load(folder)
+    bad = [examples.split("train")[3], examples.split("val")[1]]
+    for example in bad:
+        example.path.write_text("no photo")
+    config = make_config(folder, tmp_path / "run", epochs=2, encoder_learning_rate=rate)
+    with caplog.at_level(logging.WARNING):
+        train(config)
+    for example in bad:
+        assert f"left out: {example.path}: not a photo" in caplog.text
+    model = Captioner.from_pretrained(tmp_path / "run")
+    assert (model.training["train_photos"], model.training["val_photos"]) == (11, 3)
+    results = json.loads((tmp_path / "run" / "captions_val.json").read_text())
+    kept = [example for example in examples.split("val") if example not in bad]
+    assert [(row["image_id"], row["caption"]) for row in results] == [
+        (example.image_id, model.caption(example.path).text) for example in kept
+    ]
+    make_photo(bad[0].path)  # now it can be read: that is another data set
+    with pytest.raises(CheckpointError, match=r"11 photos of training then, 12 now"):
+        train(config)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.01], ids=["features", "photos"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_no_photo_can_be_read(tmp_path: Path, rate: float, split: Any) -> None:
+    folder = make_data(tmp_path / "data")
+    for example in load(folder).split(split):
+        example.path.write_text("no photo")
+    with pytest.raises(CaptionerError, match=rf"data: none of the \d+ photos of '{split}' can be read, e.g. .*not"):
+        train(make_config(folder, tmp_path / "run", encoder_learning_rate=rate))
+
+
+def test_data_without_validation(tmp_path: Path) -> None:
+    folder = make_data(tmp_path / "data")
+    change_captions(folder, lambda text: text.replace('"val"', '"train"'))
+    with pytest.raises(CaptionerError, match="holds no 'val' photos; the splits there are: train"):
+        train(make_config(folder, tmp_path / "run"))
+
+
+def test_precision_is_what_was_asked_for(data: Path, tmp_path: Path) -> None:
+    config = replace(make_config(data, tmp_path / "run"), precision="bf16")
+    assert trainer._mixed_precision(config) == "bf16"
+    assert trainer._mixed_precision(replace(config, precision="fp32")) == "no"
+    assert trainer._mixed_precision(replace(config, precision="auto")) in ("no", "bf16")
+
+
+def test_a_precision_that_cannot_be_used(finished: tuple[TrainingConfig, History], tmp_path: Path) -> None:
+    """Accelerate keeps to one precision a process."""
+    config = replace(finished[0], output=tmp_path / "run")
+    with pytest.raises(CaptionerError, match="--precision bf16 cannot be used: "):
+        train(replace(config, precision="bf16"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_learning_rate_rises_and_falls(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[float] = []
+    schedule = Trainer._schedule
+
+    def record(self: Trainer, step: int) -> float:
+        shares.append(schedule(self, step))
+        return shares[-1]
+
+    monkeypatch.setattr(Trainer, "_schedule", record)
+    train(make_config(data, tmp_path / "run", epochs=4, warmup_steps=4))
+    assert shares[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert shares[4:] == sorted(shares[4:], reverse=True)
+    assert 0.01 < shares[-1] < 0.1
+    shares.clear()
+    train(make_config(data, tmp_path / "short", epochs=2, warmup_steps=100))
+    assert shares[:4] == pytest.approx([0.5, 1.0, 1.0, 0.93], abs=0.01)  # a quarter of all steps, of which there are 8
+
+
+# Several processes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(data: Path, tmp_path: Path) -> None:
+    """As `torchrun` starts them, on processors: what the first process saves is what both validated."""
+    arguments = train_arguments(data, tmp_path / "run", "--optimisation.epochs", "2")
+    arguments = [*arguments, "--optimisation.encoder-learning-rate", "0.01", "--decoder.feature-norm", "standard"]
+    script = tmp_path / "both.py"
+    script.write_text(
+        "import json, os, sys\n"
+        "from captioner import cli\n"
+        "from captioner.training import trainer\n"
+        "run = trainer.Trainer.run\n"
+        "def note(self, settings):\n"
+        "    history = run(self, settings)\n"
+        f"    path = os.path.join({str(tmp_path)!r}, 'rank' + os.environ['RANK'] + '.json')\n"
+        "    json.dump([history.epoch, history.step, history.best_epoch, [e['cider'] for e in history.epochs],\n"
+        "        [e['val_loss'] for e in history.epochs]], open(path, 'w'))\n"
+        "    return history\n"
+        "trainer.Trainer.run = note\n"
+        "sys.exit(cli.train(sys.argv[1:]))\n"
+    )
+    began = time.monotonic()
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"),
+            *("--standalone", str(script), *arguments),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - began < 300
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    assert first[:2] == [2, 2 * 2]  # 60 captions, 32 a step
+    assert done.stdout.count("best epoch") == 1
+    assert done.stderr.count("epoch 1: loss") == 1
+    results = json.loads((tmp_path / "run" / "captions_val.json").read_text())
+    model = Captioner.from_pretrained(tmp_path / "run")
+    assert [row["caption"] for row in results] == [model.caption(e.path).text for e in load(data).split("val")]
