@@ -116,19 +116,23 @@ def load(source: Source, size: int) -> Pixels:
     except ImageError:
         raise
     except FileNotFoundError:
-        raise ImageError(f"{name}: no such file; give the path of a photo") from None
+        raise ImageError(f"{name}: no such file; give the path of a photo", "missing") from None
     except IsADirectoryError:
-        raise ImageError(f"{name}: is a folder; give the path of a photo") from None
+        raise ImageError(f"{name}: is a folder; give the path of a photo", "special") from None
     except PermissionError:
         raise ImageError(f"{name}: may not be read; change its permissions") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise _too_large(name) from None
     except MemoryError:
-        raise ImageError(f"{name}: needs more memory than there is; make the photo smaller first") from None
+        raise ImageError(
+            f"{name}: needs more memory than there is; make the photo smaller first", "too large"
+        ) from None
     except Exception as error:
         # Pillow's decoders raise nearly anything on damaged files; the first line of their message is the useful one.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ImageError(f"{name}: cannot be decoded ({reason}); the file is damaged or of an unknown kind") from None
+        raise ImageError(
+            f"{name}: cannot be decoded ({reason}); the file is damaged or of an unknown kind", "damaged"
+        ) from None
 
 
 def walk(folder: str, *, recursive: bool = True, hidden: bool = False) -> Iterator[tuple[str, ImageError | None]]:
@@ -170,7 +174,7 @@ def walk(folder: str, *, recursive: bool = True, hidden: bool = False) -> Iterat
             if ending in EXTENSIONS or not ending:  # without an ending, it may have led to a folder of photos
                 yield (
                     entry.path,
-                    ImageError(f"{entry.path}: is a link that leads nowhere ({reason}); mend or delete it"),
+                    ImageError(f"{entry.path}: is a link that leads nowhere ({reason}); mend or delete it", "missing"),
                 )
         elif _is_folder(entry):
             enter = entry.path if recursive else None
@@ -363,7 +367,7 @@ def _open_file(path: str | Path) -> IO[bytes]:
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | at_once))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise ImageError(f"{path}: is a pipe or a device; give the path of a photo")
+        raise ImageError(f"{path}: is a pipe or a device; give the path of a photo", "special")
     return file
 
 
@@ -380,7 +384,7 @@ def _from_array(array: npt.NDArray[Any]) -> Image.Image:
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise _unaccepted(f"array of {array.dtype} and shape {array.shape}")
     if 0 in array.shape:
-        raise ImageError("image in memory: has no pixels; give one that has")
+        raise ImageError("image in memory: has no pixels; give one that has", "damaged")
     return Image.fromarray(array)
 
 
@@ -392,7 +396,9 @@ def _unaccepted(kind: str) -> ImageError:
 
 
 def _too_large(name: str) -> ImageError:
-    return ImageError(f"{name}: has more than {_MOST_PIXELS // 1_000_000} million pixels; make it smaller first")
+    return ImageError(
+        f"{name}: has more than {_MOST_PIXELS // 1_000_000} million pixels; make it smaller first", "too large"
+    )
 
 
 def _decode(file: IO[bytes], name: str, size: int) -> Pixels:
@@ -422,15 +428,15 @@ def _open(file: IO[bytes], name: str) -> Image.Image:
     if re.match(rb"ftyp(heic|heix|heim|heis|hevc|mif1|msf1)", brand):
         return _open_heic(file, name)
     if brand.startswith((b"ftypavif", b"ftypavis")):
-        raise ImageError(f"{name}: is AVIF, which this Pillow cannot read; pip install --upgrade pillow")
-    raise ImageError(f"{name}: not a photo; expected {_KINDS}")
+        raise ImageError(f"{name}: is AVIF, which this Pillow cannot read; pip install --upgrade pillow", "unsupported")
+    raise ImageError(f"{name}: not a photo; expected {_KINDS}", "not a photo")
 
 
 def _open_heic(file: IO[bytes], name: str) -> Image.Image:
     try:
         from pillow_heif import register_heif_opener
     except ImportError:
-        raise ImageError(f"{name}: is HEIC; to read it, pip install 'captioner[heic]'") from None
+        raise ImageError(f"{name}: is HEIC; to read it, pip install 'captioner[heic]'", "unsupported") from None
     register_heif_opener()
     file.seek(0)
     return Image.open(file, formats=("HEIF",))
@@ -484,7 +490,7 @@ _room = _Room()
 
 def _to_array(image: Image.Image, size: int) -> Pixels:
     if 0 in image.size:
-        raise ImageError("image in memory: has no pixels; give one that has")
+        raise ImageError("image in memory: has no pixels; give one that has", "damaged")
     if image.tell():
         image.seek(0)
     rgb = _to_rgb(_upright(image))
