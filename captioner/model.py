@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,12 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from captioner import checkpoint, images
+from captioner import checkpoint, hub, images, tensors
 from captioner.config import DecodingOptions
 from captioner.decoding.explain import Explanation, explain
 from captioner.decoding.search import decode
 from captioner.errors import CheckpointError, WeightsError
-from captioner.hub import model_card
+from captioner.hub import find, model_card
 from captioner.networks import weights
 from captioner.networks.decoder import Decoder
 from captioner.networks.encoder import Encoder, is_file
@@ -28,8 +27,6 @@ from captioner.networks.prepared_encoder import PreparedEncoder
 from captioner.vocabulary import Vocabulary
 
 Photo = Path | str | Image.Image
-
-_REMEDY = 'give the folder of one, use the one in the box ("mini"), or train one: python train.py shapes'
 
 _NO_FILE = ("default", "random")  # what `EncoderConfig.weights` may be besides a path
 
@@ -116,7 +113,9 @@ class Captioner:
                 "model in the box: --model mini"
             )
         try:
-            encoder = Encoder(config, saved.encoder_state)
+            encoder = Encoder(
+                config, weights.tensors_of(saved.encoder_state) if saved.encoder_state is not None else None
+            )
         except WeightsError as error:
             if not stored:
                 raise
@@ -129,7 +128,7 @@ class Captioner:
                 f"({saved.encoder_sha256[:12]}, not {encoder.weights_sha256[:12]}); {remedy}"
             )
         decoder = Decoder(saved.decoder, len(saved.vocabulary))
-        checkpoint.fill(decoder, saved.decoder_state, str(folder / checkpoint.WEIGHTS))
+        weights.fill(decoder, saved.decoder_state, str(folder / checkpoint.WEIGHTS))
         captioner = cls(encoder, decoder, saved.vocabulary, saved.decoding, saved.training)
         return captioner.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -151,9 +150,9 @@ class Captioner:
 
     def write(self, folder: Path, *, packed: bool = False) -> None:
         """Write the model's files into a folder that exists."""
-        state, training = self.encoder.body.state_dict(), dict(self.training)
-        if packed:  # what is identified is what will be read
-            state = weights.unpack(weights.pack(state))
+        state, training = weights.arrays(self.encoder.body.state_dict()), dict(self.training)
+        if packed:  # the hash is of the weights that will be read
+            state = tensors.unpack(tensors.pack(state))
             if "scores" in training:
                 training["scores_before_packing"] = training.pop("scores")
         stored = packed or not self.encoder.elsewhere  # others are named, and known again by their hash
@@ -167,7 +166,7 @@ class Captioner:
             decoder=self.decoder.config,
             decoding=self.options,
             vocabulary=self.vocabulary,
-            decoder_state=self.decoder.state_dict(),
+            decoder_state=weights.arrays(self.decoder.state_dict()),
             encoder_state=state if stored else None,
             training=training,
         )
@@ -179,19 +178,7 @@ class Captioner:
         Raises:
             CheckpointError: the Hub cannot be reached, or refuses.
         """
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        try:
-            url = api.create_repo(repo_id, private=private, exist_ok=True)
-            with tempfile.TemporaryDirectory() as folder:
-                self.write(Path(folder))
-                api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload captioner model")
-        except Exception as error:  # what there is besides its own errors depends on the Hub's version: httpx, requests
-            raise CheckpointError(
-                f"{repo_id}: cannot be uploaded ({_first_line(error)}); see `hf auth login`, or save it to a folder"
-            ) from None
-        return str(url)
+        return hub.push(self.write, repo_id, private=private, token=token)
 
     def to(self, device: str | torch.device) -> Captioner:
         """Move the model to a device."""
@@ -284,50 +271,3 @@ class Captioner:
         if options.precision not in self._decoders:
             self._decoders[options.precision] = PreparedDecoder(self.decoder, options.precision)
         return self._decoders[options.precision]
-
-
-def find(model: str | Path) -> Path:
-    """The folder of a saved model: of one in the box, itself, the best of a training run, or a download from the Hub.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if model == "mini":  # a folder of that name is "./mini"
-        return weights.PRETRAINED / model
-    folder = Path(model)
-    try:
-        there, on_hub = checkpoint.recover(folder), _is_hub_name(str(model))
-    except OSError as error:  # a name that is too long, or a folder that may not be entered
-        raise CheckpointError(f"{model}: no such model ({error.strerror}); {_REMEDY}") from None
-    if not there and on_hub:
-        return _download(str(model))
-    if not there:
-        raise CheckpointError(f"{model}: no such model; {_REMEDY}")
-    if (folder / "last").exists() or checkpoint.recover(folder / "best"):
-        best = folder / "best"
-        if not checkpoint.recover(best):
-            raise CheckpointError(f"{folder}: has no best checkpoint yet; wait for its first validation")
-        return best
-    return folder
-
-
-def _is_hub_name(model: str) -> bool:
-    """Whether a name can be one of the Hub: `owner/name`, and not the path of what is not, or not yet, on this disk."""
-    parts = model.split("/")
-    named = len(parts) == 2 and all(part and part not in (".", "..") for part in parts)
-    return named and parts[0] != "runs" and not Path(parts[0]).is_dir()
-
-
-def _download(repo_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors", "README.md"]))
-    except Exception as error:  # see `push_to_hub`
-        raise CheckpointError(
-            f"{repo_id}: no such model here, nor on the Hugging Face Hub ({_first_line(error)}); {_REMEDY}"
-        ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
