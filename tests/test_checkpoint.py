@@ -70,9 +70,8 @@ def fails(folder: Path, text: str) -> None:
 
 def make_checkpoint(**changed: Any) -> Checkpoint:
     """A model that no network of torch has made."""
-    config = changed.get(
-        "decoder", DecoderConfig("gru", hidden_size=7, embedding_size=5, layers=2, feature_norm="sqrt")
-    )
+    gru = DecoderConfig("gru", hidden_size=7, embedding_size=5, layers=2, feature_norm="sqrt")
+    config = changed.get("decoder", gru)
     vocabulary = Vocabulary.build(SENTENCES, min_count=1)
     random = np.random.default_rng(0)
     shapes = checkpoint.decoder_shapes(config, len(vocabulary))

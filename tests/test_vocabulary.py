@@ -95,9 +95,7 @@ def test_rare_words_are_unknown():
     ],
 )
 def test_a_vocabulary_without_words_is_refused(captions, said):
-    with pytest.raises(
-        CaptionerError, match=rf"^no word of the captions is seen 3 times \({said}\); give a lower --min"
-    ):
+    with pytest.raises(CaptionerError, match=rf"no word of the captions is seen 3 times \({said}\); give a lower"):
         Vocabulary.build(captions, min_count=3)
 
 
@@ -362,12 +360,10 @@ def test_the_rules_of_a_stranger_are_not_run(tmp_path):
     assert known.to_json() == vocabulary("a dog").to_json()
 
 
-@pytest.mark.parametrize(
-    "text", ["n" * 200_000, "n't" * 60_000, "a-" * 100_000, "a'" * 100_000, "'s" * 100_000, "é'" * 100_000]
-)
-def test_no_text_takes_long(text):
+@pytest.mark.parametrize("part", ["n", "n't", "a-", "a'", "'s", "é'", "n'ts"])
+def test_no_text_takes_long(part):
     began = time.process_time()
-    split(text)
+    split(part * 100_000)
     assert time.process_time() - began < 1
 
 

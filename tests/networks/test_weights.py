@@ -146,9 +146,7 @@ def test_a_network_is_filled():
     given = {"weight": np.ones((2, 3), np.float32), "bias": np.zeros(2, np.float32)}
     weights.fill(layer, given, "model")
     assert layer(torch.ones(1, 3)).tolist() == [[3.0, 3.0]]
-    with pytest.raises(
-        CheckpointError, match=r"^model: does not fit its config.json: bias is missing; fetch"
-    ):
+    with pytest.raises(CheckpointError, match=r"^model: does not fit its config.json: bias is missing; fetch"):
         weights.fill(layer, {"weight": given["weight"]}, "model")
     with pytest.raises(CheckpointError, match=r"bias is int64 instead of float32"):
         weights.fill(layer, given | {"bias": np.zeros(2, np.int64)}, "model")
