@@ -1,7 +1,7 @@
 """Runs inside a checkout of the commit b0db82f, the last one that captioned with torch: see `common.Before`.
 
-    before.py bulk PHOTOS          captions the photos of a folder with the model in the box
-    before.py decoding FEATURES    captions features (.npy) as `benchmarks.decoding` does, in bfloat16 where that is fast
+    before.py bulk PHOTOS         captions the photos of a folder with the model in the box
+    before.py decoding FEATURES   captions features (.npy) as `benchmarks.decoding` does, in bfloat16 where fast
 
 Prints "ready", and then the seconds that one run took for every line that it reads.
 """
