@@ -29,26 +29,23 @@ SIDECARS = ("txt", "xmp")
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is captioned in bulk, and where the captions go."""
+class Options:
+    """Settings for many photos."""
 
-    photos: tuple[str, ...] = ()  # photos, folders of photos, WebDataset shards (.tar) and Parquet files with photos
     list: str | None = None  # file that lists photos, one a line or separated by NUL; "-" is standard input
-    recursive: bool = True  # search folders within folders too
-    hidden: bool = False  # caption files and folders whose names begin with a dot too
+    not_recursive: bool = False  # leave folders within folders out
+    hidden: bool = False  # files and folders whose names begin with a dot too
     include: tuple[str, ...] = ()  # of folders, only photos whose name or path in the folder matches one of these globs
     exclude: tuple[str, ...] = ()  # of folders, no photos whose name or path in the folder matches one of these globs
-    output: Path | None = None  # file that is written when all photos are done; for sidecars, none
-    format: Format | None = None  # of the output; by default as its ending says: .jsonl .csv .parquet .json .tar .db
-    journal: Path | None = None  # what was done; by default OUTPUT.journal, or .captioner.journal in the first folder
+    journal: Path | None = None  # notes what was done; by default OUTPUT.journal, or .captioner.journal in the folder
     details: bool = False  # write log-probabilities, model, options, and size, hash and time of each photo too
     by_content: bool = False  # tell changed photos by their content rather than by size and time; finds renamed ones
-    overwrite: bool = False  # begin anew, and replace what is there
+    overwrite: bool = False  # begin anew, and replace captions that are there
     skip_existing: bool = False  # leave photos alone that have a sidecar already
     retry_failed: bool = False  # try photos again that failed before
     timeout: float = 120.0  # seconds after which a photo that is being decoded is set aside
     sidecar_names: Literal["photo.jpg.xmp", "photo.xmp"] = "photo.jpg.xmp"  # how XMP sidecars are named
-    workers: int = 0  # photos are captioned by this many threads; 0: one for each processor
+    workers: int = 0  # threads; 0: one for each processor
     quiet: bool = False  # show no progress
 
     def __post_init__(self) -> None:
@@ -57,14 +54,27 @@ class Job:
         Raises:
             CaptionerError: a setting is out of its range, or two contradict each other.
         """
-        if self.format is not None and self.format not in get_args(Format):
-            raise CaptionerError(f"format is {self.format!r}; expected one of {', '.join(get_args(Format))}")
         if not self.timeout > 0:
             raise CaptionerError(f"timeout is {self.timeout:g}; expected seconds, more than 0")
         if self.workers < 0:
             raise CaptionerError(f"workers is {self.workers}; expected 0 or more")
         if self.overwrite and self.skip_existing:
             raise CaptionerError("--overwrite and --skip-existing contradict each other; leave one of them out")
+
+
+@dataclass(frozen=True)
+class Job(Options):
+    """Photos that are captioned in bulk, and where the captions go."""
+
+    photos: tuple[str, ...] = ()  # photos, folders of photos, WebDataset shards (.tar) and Parquet files with photos
+    output: Path | None = None  # file that is written when all photos are done; for sidecars, none
+    format: Format | None = None  # of the output; by default as its ending says
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot be meant; see `Options`."""
+        super().__post_init__()
+        if self.format is not None and self.format not in get_args(Format):
+            raise CaptionerError(f"format is {self.format!r}; expected one of {', '.join(get_args(Format))}")
         if self.format in SIDECARS and self.output is not None:
             raise CaptionerError(f"{self.format} sidecars lie beside the photos; leave out --output")
         if self.skip_existing and self.output is not None:

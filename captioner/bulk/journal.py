@@ -47,6 +47,10 @@ CREATE TABLE IF NOT EXISTS places (place INTEGER PRIMARY KEY, number INTEGER NOT
 """
 
 
+#: After this, what was made from the journal (the index) is no longer up to date.
+_CHANGED = "DELETE FROM settings WHERE name='indexed'"
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
     """A caption, as it is kept."""
@@ -75,6 +79,10 @@ class Todo(NamedTuple):
 
     place: int
     item: Item
+
+
+#: A photo, its captions or the error, its SHA-256 if known, and the time.
+Result = tuple[Todo, Sequence[Found] | ImageError, str | None, str]
 
 
 @dataclass
@@ -198,9 +206,10 @@ class Journal:
             expected = {item.id: place + index for index, item in enumerate(block)}
             for row_place, *values in sorted(rows):
                 found = _Known(*values, aligned=True)
-                name = _name(found.id)
+                name = name_of(found.id)
                 if expected.get(name) != row_place:
                     self._aligned = False
+                    self._execute(_CHANGED)
                     self._execute("DELETE FROM places WHERE place >= ?", [row_place])
                     break
                 known[name] = found
@@ -208,7 +217,7 @@ class Journal:
         if unknown:
             marks = ",".join("?" * len(unknown))
             for values in self._execute(f"SELECT {columns} FROM photos WHERE id IN ({marks})", unknown):
-                known[_name(values[1])] = _Known(*values, aligned=False)
+                known[name_of(values[1])] = _Known(*values, aligned=False)
         return known
 
     def _is_done(self, before: _Known, item: Item, sha256: str | None, retry_failed: bool) -> bool:
@@ -243,9 +252,12 @@ class Journal:
 
     # What became of them
 
-    def record(self, results: Iterable[tuple[Todo, Sequence[Found] | ImageError, str | None, str]]) -> None:
-        """Note what became of photos: their captions or the error, their SHA-256 if known, and the time."""
+    def record(self, results: Sequence[Result]) -> None:
+        """Note what became of photos."""
+        if not results:
+            return
         with self._transaction() as base:
+            base.execute(_CHANGED)
             for (place, item), outcome, sha256, done in results:
                 captions = kind = reason = None
                 if isinstance(outcome, ImageError):
@@ -267,24 +279,25 @@ class Journal:
     def complete(self) -> None:
         """Note that the source has no more photos: those that it no longer has leave the output, and stay known."""
         with self._transaction() as base:
-            base.execute("DELETE FROM places WHERE place >= ?", [self.counts.found])
+            if base.execute("DELETE FROM places WHERE place >= ?", [self.counts.found]).rowcount:
+                base.execute(_CHANGED)
             where = "FROM photos WHERE captions IS NOT NULL AND number NOT IN (SELECT number FROM places)"
             (self.counts.removed,) = base.execute(f"SELECT COUNT(*) {where}").fetchone()
             if self.counts.removed:
                 (image,) = base.execute(f"SELECT image {where} LIMIT 1").fetchone()
-                self.counts.removed_example = _name(image)
+                self.counts.removed_example = name_of(image)
 
     # What outputs are made from
 
     def rows(self) -> Iterator[Row]:
         """Photos that have captions, in the order of the source."""
         for image, captions, size, sha256, done in self._in_order("image, captions, size, sha256, done", "captions"):
-            yield Row(_name(image), tuple(itertools.starmap(Found, json.loads(captions))), size, sha256, done)
+            yield Row(name_of(image), tuple(itertools.starmap(Found, json.loads(captions))), size, sha256, done)
 
     def failures(self) -> Iterator[Row]:
         """Photos that failed, and those whose sidecar could not be written, in the order of the source."""
         for image, kind, reason, size, done in self._in_order("image, kind, reason, size, done", "kind"):
-            yield Row(_name(image), size=size, kind=kind, reason=_name(reason), done=done)
+            yield Row(name_of(image), size=size, kind=kind, reason=name_of(reason), done=done)
 
     def refused(self, failures: Iterable[tuple[str, ImageError]]) -> int:
         """Note the photos whose captions could not be written beside them; the captions are kept. Returns how many."""
@@ -302,11 +315,14 @@ class Journal:
         (count,) = self._execute(f"SELECT COUNT(*) FROM {where}")[0]
         return int(count)
 
-    def execute(self, statements: Iterable[str]) -> None:
-        """Run statements in one transaction (`index` makes its tables so)."""
+    def index(self, statements: Iterable[str]) -> None:
+        """Make an index by statements in one transaction, unless it is up to date."""
+        if self._execute("SELECT 1 FROM settings WHERE name='indexed'"):
+            return
         with self._transaction() as base:
             for statement in statements:
                 base.execute(statement)
+            base.execute("INSERT INTO settings VALUES ('indexed', 'true')")
 
     def _in_order(self, columns: str, present: str) -> Iterator[Sequence[Any]]:
         place = -1
@@ -407,5 +423,6 @@ def _text(name: str) -> str | bytes:
         return os.fsencode(name)
 
 
-def _name(kept: str | bytes) -> str:
+def name_of(kept: str | bytes) -> str:
+    """A name from SQLite; see `_text`."""
     return kept if isinstance(kept, str) else os.fsdecode(kept)

@@ -141,8 +141,10 @@ def caption(
                 waiting.append(crew.begin(chunk))
             if not waiting:
                 return
-            yield from zip(waiting[0].items, crew.result(waiting[0], stopped), strict=False)
-            waiting.popleft()
+            results = crew.result(waiting[0], stopped)
+            if results is None:
+                return
+            yield from zip(waiting.popleft().items, results, strict=True)
     finally:
         crew.dismiss()
 
@@ -286,7 +288,7 @@ class _Crew:
         self._chunks.put(chunk)
         return chunk
 
-    def result(self, chunk: _Chunk, stopped: Callable[[], bool]) -> list[Result]:
+    def result(self, chunk: _Chunk, stopped: Callable[[], bool]) -> list[Result] | None:
         """Wait for a chunk; nothing comes of it if it was not begun when the work was stopped."""
         while True:
             with self._changed:
@@ -297,7 +299,7 @@ class _Crew:
                 if chunk.results is not None:
                     return chunk.results
                 if stopped() and chunk.attempt is None:
-                    return []
+                    return None
                 for other in list(self._active):
                     self._look_at(other)
 

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from captioner import images
 from captioner.bulk.job import Job
-from captioner.errors import CaptionerError, ImageError
+from captioner.errors import CaptionerError, ImageError, missing_extra
 
 #: Parquet columns that hold photos, in the order in which they are looked for.
 _COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "photo", "bytes", "content", "image_bytes")
@@ -141,7 +141,7 @@ def folder(path: str, job: Job) -> Iterator[Item]:
 
 def _walk(path: str, job: Job) -> Iterator[tuple[str, ImageError | None]]:
     chosen, left_out = _matcher(job.include), _matcher(job.exclude)
-    for photo, error in images.walk(path, recursive=job.recursive, hidden=job.hidden):
+    for photo, error in images.walk(path, recursive=not job.not_recursive, hidden=job.hidden):
         if error is None and (chosen or left_out):
             inside = photo[len(path) :].lstrip("/")
             if (chosen and not chosen(inside)) or (left_out and left_out(inside)):
@@ -256,7 +256,7 @@ def _parquet_file(path: str) -> Any:
         import pyarrow as pa
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise CaptionerError(f"{path}: is a Parquet file; to read it, pip install 'captioner[bulk]'") from None
+        raise missing_extra("bulk", "pyarrow") from None
     try:
         return ParquetFile(path, memory_map=True)
     except (OSError, pa.ArrowException) as error:
