@@ -58,17 +58,19 @@ def search(library: Path, query: str, limit: int = 20) -> list[Hit]:
     Raises:
         CaptionerError: the library is not there, is in use or has no index, or the query cannot be understood.
     """
-    if not library.is_file() or not is_journal(library):
-        raise CaptionerError(f"{library}: is no library; make one: captioner caption FOLDER --output {library.name}.db")
     words = understood(query)
     statement = (
         "WITH matching AS (SELECT rowid, bm25(search, 4.0, 1.0) AS rank FROM search WHERE search MATCH ? LIMIT ?) "
         "SELECT id, image, json_extract(captions, '$[0][0]') FROM matching JOIN photos ON number = matching.rowid "
         "ORDER BY matching.rank, number LIMIT ?"
     )
+    if not library.is_file():
+        raise _no_library(library)
     base = sqlite3.connect(library, timeout=0)
     try:
         base.execute("PRAGMA query_only=1")
+        if not is_journal(base):
+            raise _no_library(library)
         found = base.execute(statement, [words, _RANKED, limit]).fetchall()
     except sqlite3.Error as error:
         raise _explained(library, query, error) from None
@@ -77,8 +79,14 @@ def search(library: Path, query: str, limit: int = 20) -> list[Hit]:
     return [Hit(name_of(path), name_of(image), caption) for path, image, caption in found]
 
 
+def _no_library(library: Path) -> CaptionerError:
+    return CaptionerError(f"{library}: is no library; make one: captioner caption FOLDER --output LIBRARY.db")
+
+
 def _explained(library: Path, query: str, error: sqlite3.Error) -> CaptionerError:
     said = str(error)
+    if "not a database" in said:
+        return _no_library(library)
     if "locked" in said:
         return CaptionerError(f"{library}: is being written; search it when that is done")
     if "no such table" in said:

@@ -24,7 +24,7 @@ from captioner.errors import CaptionerError, ImageError
 #: Photos that are looked up at once.
 _BLOCK = 512
 
-#: The first bytes of the journal say that it is one ("cptn"), wherever SQLite looks for an application's number.
+#: The number of this application in the header of the file ("cptn"), by which it is known.
 _APPLICATION = 0x6370746E
 
 _SCHEMA = """
@@ -126,13 +126,19 @@ class Journal:
     def _connect(self, settings: Mapping[str, Any], overwrite: bool) -> sqlite3.Connection:
         if self.path.exists() and not self.path.is_file():
             raise CaptionerError(f"{self.path}: is no file; give another --output or --journal")
-        is_new = not self.path.exists() or not self.path.stat().st_size
-        if not is_new and not is_journal(self.path):
-            raise CaptionerError(f"{self.path}: is there and is no journal; give another --output or --journal")
         base = sqlite3.connect(self.path, timeout=0, isolation_level=None)
         self._base = base
         base.execute("PRAGMA locking_mode=EXCLUSIVE")  # the lock goes with the process, however it ends
-        if is_new:  # before all else, so that a file is either empty or known as a journal
+        try:
+            is_mine = is_journal(base)
+            is_empty = not base.execute("SELECT 1 FROM sqlite_master").fetchone()
+        except sqlite3.DatabaseError as error:
+            if "not a database" not in str(error):
+                raise
+            is_mine = is_empty = False
+        if not is_mine and not is_empty:
+            raise CaptionerError(f"{self.path}: is there and is no journal; give another --output or --journal")
+        if not is_mine:
             base.execute(f"PRAGMA application_id={_APPLICATION}")
         base.execute("PRAGMA journal_mode=WAL")
         base.execute("PRAGMA synchronous=NORMAL")
@@ -396,11 +402,10 @@ def _explained(path: Path) -> Iterator[None]:
         raise CaptionerError(f"{path}: cannot be written ({error.strerror}); give another --output") from None
 
 
-def is_journal(path: Path) -> bool:
+def is_journal(base: sqlite3.Connection) -> bool:
     """Whether a file is a journal of this project."""
-    with path.open("rb") as file:
-        header = file.read(100)
-    return header.startswith(b"SQLite format 3\0") and int.from_bytes(header[68:72], "big") == _APPLICATION
+    (application,) = base.execute("PRAGMA application_id").fetchone()
+    return bool(application == _APPLICATION)
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

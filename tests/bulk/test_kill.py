@@ -5,6 +5,7 @@ import random
 import signal
 import sqlite3
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,8 @@ def start(job):
     status = 70
     try:
         status = run.run(job, Fake(delay=0.0003), provenance(num_captions=2)).status
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(status)
 
