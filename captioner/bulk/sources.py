@@ -102,6 +102,11 @@ def count(job: Job) -> int:
     return total
 
 
+def holds_many(path: str) -> bool:
+    """Whether a path that a user gave is more than one photo."""
+    return _source(path) is not file
+
+
 def check(path: str) -> None:
     """Refuse a path that a user gave and that is not there.
 
