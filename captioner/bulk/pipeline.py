@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from captioner import images
-from captioner.bulk.sources import Item
+from captioner.bulk.sources import Item, blocks
 from captioner.errors import ImageError
 
 if TYPE_CHECKING:
@@ -160,20 +160,9 @@ def caption(
 
 def _chunks(items: Iterable[Item], workers: int) -> Iterator[list[Item]]:
     """Divide items into chunks; those that are too few for a full chunk a worker are divided equally."""
-    items = iter(items)
-    end: Exception | None = None
-    while end is None:
-        block: list[Item] = []
-        try:
-            block.extend(_block(items, workers))
-        except Exception as error:  # of the source; the photos before it are captioned first
-            end = error
-        if not block:
-            break
+    for block in blocks(iter(items), lambda rest: _block(rest, workers)):
         size = min(_CHUNK, math.ceil(len(block) / workers))
         yield from (block[start : start + size] for start in range(0, len(block), size))
-    if end is not None:
-        raise end
 
 
 def _block(items: Iterator[Item], workers: int) -> Iterator[Item]:

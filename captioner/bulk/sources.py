@@ -13,7 +13,7 @@ import re
 import stat
 import sys
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -84,6 +84,26 @@ def find(job: Job) -> Iterator[Item]:
         yield from _source(path)(path, job)
     if job.list is not None:
         yield from listed(job.list)
+
+
+def blocks(items: Iterator[Item], part: Callable[[Iterator[Item]], Iterable[Item]]) -> Iterator[list[Item]]:
+    """Divide items into lists; a source that ends in an error yields what came before it first.
+
+    Args:
+        items: of a source.
+        part: takes the items of the next list.
+    """
+    while True:
+        block: list[Item] = []
+        try:
+            block.extend(part(items))
+        except Exception:
+            if block:
+                yield block
+            raise
+        if not block:
+            return
+        yield block
 
 
 def count(job: Job) -> int:

@@ -345,13 +345,13 @@ def test_an_option_overrides_the_models_own_and_the_others_stay(
     from captioner.bulk import pipeline
 
     used: list[DecodingOptions] = []
-    stream = pipeline.caption_photos
+    stream = pipeline.caption
 
-    def note(captioner: Captioner, paths: Sequence[Path], options: DecodingOptions) -> Any:
+    def note(captioner: Captioner, items: Any, options: DecodingOptions, **settings: Any) -> Any:
         used.append(options)
-        return stream(captioner, paths, options)
+        return stream(captioner, items, options, **settings)
 
-    monkeypatch.setattr(pipeline, "caption_photos", note)
+    monkeypatch.setattr(pipeline, "caption", note)
     assert run(model, photos[0]) == 0
     assert run(model, photos[0], "--max-words", 3) == 0
     assert run(model, photos[0], "--beam-size", 3, "--forbidden-words", "red", "a") == 0
