@@ -157,6 +157,7 @@ class EncoderExport:
             self._finish(node, last, _Value(self._relu(graph, y, last) if last is not end else y, None))
             return
         stored, step = codes(rows)
+        bias = bias - _shift(rows, stored, step, self.ranges[source].mean, getattr(module, "groups", 1))
         weight_name = graph.weight(f"{name}.weight", stored)
         # Training wants the weights before the normalisation became part of them; its factor may be negative.
         self.weights.add(f"{name}.weight.step", step / np.where(factor == 0, 1, factor))
@@ -321,6 +322,20 @@ def _folded(norm: nn.BatchNorm2d, bias: FloatArray) -> tuple[FloatArray, FloatAr
     return factor.astype(np.float32), (beta + (bias - mean) * factor).astype(np.float32)
 
 
+def _shift(
+    rows: FloatArray, stored: npt.NDArray[np.int8], step: FloatArray, mean: FloatArray, groups: int
+) -> FloatArray:
+    """How much rounded weights change the mean of each output, `(outputs,)`: the bias makes up for it.
+
+    Nagel et al. 2019, "Data-free quantization through weight equalization and bias correction", section 4.2.
+    """
+    change = stored.reshape(len(stored), -1) * step[:, None] - rows.reshape(len(rows), -1)
+    # (outputs, inputs of a group): summed over the places of the kernel
+    change = change.reshape(len(rows), rows.shape[1], -1).sum(axis=2)
+    seen = np.repeat(mean.reshape(groups, -1), len(rows) // groups, axis=0)
+    return (change * seen).sum(axis=1)
+
+
 @dataclass
 class _Range:
     """The numbers that a layer yields."""
@@ -328,6 +343,12 @@ class _Range:
     shape: tuple[int, ...] = ()
     lows: list[Tensor] = field(default_factory=list)  # smallest number of each photo
     highs: list[Tensor] = field(default_factory=list)  # largest
+    means: list[Tensor] = field(default_factory=list)  # means a channel
+
+    @property
+    def mean(self) -> FloatArray:
+        """Means a channel over all photos, `(channels,)`."""
+        return torch.cat(self.means).mean(dim=0).numpy()
 
     @property
     def scale(self) -> Scale:
@@ -351,8 +372,9 @@ class _Recorder(fx.Interpreter):
             found.shape = tuple(result.shape)
             found.lows.append(result.flatten(1).amin(dim=1).float().cpu())
             found.highs.append(result.flatten(1).amax(dim=1).float().cpu())
+            found.means.append(result.flatten(2).mean(dim=2).cpu() if result.ndim > 2 else result.cpu())
             if n is self.keep:
-                self.kept = result.mean(dim=(2, 3)).clone()
+                self.kept = found.means[-1].clone()
         return result
 
     @torch.inference_mode()

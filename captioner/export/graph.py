@@ -34,7 +34,7 @@ class Weights:
 
     def add(self, name: str, tensor: Array) -> str:
         """Hold a tensor; the same name may be added again only with the same numbers."""
-        tensor = np.ascontiguousarray(tensor)
+        tensor = np.asarray(tensor, order="C")
         known = self.tensors.setdefault(name, tensor)
         assert known is tensor or np.array_equal(known, tensor), name
         return name
