@@ -23,9 +23,8 @@ import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
-from filelock import FileLock
 from safetensors import SafetensorError
 
 from captioner import __version__, files, graphs, tensors
@@ -33,6 +32,9 @@ from captioner.config import FEATURE_SIZE, DecoderConfig, DecodingOptions, Encod
 from captioner.errors import CaptionerError, CheckpointError, WeightsError
 from captioner.tensors import Array, Entry
 from captioner.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 WEIGHTS, CONFIG, TOKENIZER, CARD = "model.safetensors", "config.json", "tokenizer.json", "README.md"
 #: The files of an exported model: the weights, and the graphs that use them.
@@ -513,6 +515,8 @@ def _previous(folder: Path) -> Path:
 
 
 def _lock(folder: Path) -> FileLock:
+    from filelock import FileLock  # here, since readers seldom lock
+
     return FileLock(folder.with_name(f".{folder.name}.lock"))
 
 
