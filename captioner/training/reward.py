@@ -22,7 +22,7 @@ from captioner.datasets.batches import Batch
 from captioner.decoding.search import decode
 from captioner.metrics import CiderD
 from captioner.networks.decoder import Decoder
-from captioner.networks.inference import PreparedDecoder
+from captioner.networks.inference import TorchDecoder
 from captioner.vocabulary import Vocabulary
 
 _DRAWN = 5  # captions a photo
@@ -53,13 +53,11 @@ class Reward:
             examples: photos with their captions.
             rows: row of the source of each example, `(examples,)`.
             vocabulary: words are compared by their ids.
-            options: whose precision and longest length count.
+            options: whose longest length counts.
         """
         options = options or DecodingOptions()
         # An empty caption may be drawn too: what can be drawn must be what the model gives probability to.
-        self._options = DecodingOptions(
-            "sample", num_captions=_DRAWN, min_words=0, max_words=options.max_words, precision=options.precision
-        )
+        self._options = DecodingOptions("sample", num_captions=_DRAWN, min_words=0, max_words=options.max_words)
         self._never = torch.tensor([vocabulary.pad, vocabulary.start, vocabulary.unk])
         ids = iter(vocabulary.encode([caption for example in examples for caption in example.captions]))
         pairs = zip(rows.tolist(), examples, strict=True)
@@ -77,7 +75,7 @@ class Reward:
         """
         vocabulary = self._vocabulary
         options = replace(self._options, seed=seed)
-        found = decode(PreparedDecoder(decoder, options.precision), features, vocabulary, options)
+        found = decode(TorchDecoder(decoder, "fp32"), features.float().cpu().numpy(), vocabulary, options)
         captions = [[*one.tokens, *([vocabulary.end] if one.finished else [])] for some in found for one in some]
         rows = [row for row in batch.rows.tolist() for _ in range(_DRAWN)]
         scores = self._cider(rows, captions).reshape(-1, _DRAWN)
