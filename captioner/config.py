@@ -91,9 +91,7 @@ class DecodingOptions:
     temperature: float = 1.0  # sampling: below 1 keeps to likely words, above 1 strays from them
     top_k: int = 0  # sampling: only among this many likeliest words; 0 allows all
     top_p: float = 1.0  # sampling: only among the likeliest words that together have this probability
-    typical_p: float = 1.0  # sampling: only among the most typical words that together have this probability
     seed: int = 0  # sampling: the same seed and photo give the same captions, in any batch
-    precision: Precision = "auto"  # arithmetic; "auto" is bf16 where the device has it fast
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be meant.
@@ -119,15 +117,14 @@ class DecodingOptions:
             raise CaptionerError(
                 f"min_words is {self.min_words} and max_words {self.max_words}; expected min_words <= max_words"
             )
-        for name in ("top_p", "typical_p"):
-            if not 0 < getattr(self, name) <= 1:
-                raise CaptionerError(f"{name} is {getattr(self, name)}; expected a probability above 0, and 1 at most")
+        if not 0 < self.top_p <= 1:
+            raise CaptionerError(f"top_p is {self.top_p}; expected a probability above 0, and 1 at most")
         if self.width % self.beam_groups:
             raise CaptionerError(
                 f"beam_groups is {self.beam_groups}, which does not divide the beam of {self.width}; "
                 "expected groups of equal size"
             )
-        for name, allowed in (("method", Method), ("length_normalisation", Normalisation), ("precision", Precision)):
+        for name, allowed in (("method", Method), ("length_normalisation", Normalisation)):
             _choice(name, getattr(self, name), allowed)
         if not 0 <= self.seed < 2**63:
             raise CaptionerError(f"seed is {self.seed}; expected 0 to {2**63 - 1}")
@@ -200,9 +197,9 @@ class TrainingConfig:
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     optimisation: OptimisationConfig = field(default_factory=OptimisationConfig)
     # how validation captions are searched for: by average log-probability, since the sum favours captions that say too
-    # little; without loops; and in fp32, so that scores do not depend on the machine
+    # little; and without loops
     decoding: DecodingOptions = field(
-        default_factory=lambda: DecodingOptions(length_normalisation="average", no_repeat_ngram=3, precision="fp32")
+        default_factory=lambda: DecodingOptions(length_normalisation="average", no_repeat_ngram=3)
     )
     min_count: int = 5  # words seen fewer times in the training captions become [unk]
     max_words: int = 30  # longer training captions are cut there

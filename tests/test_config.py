@@ -107,11 +107,9 @@ def test_counts_of_words(name: str) -> None:
         ({"temperature": 1e-6}, "expected 0.001 to 1000"),
         ({"temperature": math.inf}, "expected 0.001 to 1000"),
         ({"top_p": 0.0}, "expected a probability above 0, and 1 at most"),
-        ({"typical_p": 1.1}, "expected a probability above 0, and 1 at most"),
         ({"beam_groups": 2}, "does not divide the beam of 3"),
         ({"method": "greedy"}, "expected one of beam, sample"),
         ({"length_normalisation": "mean"}, "expected one of none, average, gnmt"),
-        ({"precision": "fp16"}, "expected one of auto, fp32, bf16"),
     ],
 )
 def test_decoding(settings: dict[str, Any], text: str) -> None:

@@ -16,8 +16,8 @@ PACKAGE = ROOT / "captioner"
 LAYERS = [
     {"errors", "metrics"},
     {"files", "progress"},
-    {"config"},
-    {"vocabulary", "images"},
+    {"config", "tensors"},
+    {"vocabulary", "images", "graphs"},
     {"decoding"},
     {"checkpoint"},
     {"hub"},

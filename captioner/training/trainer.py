@@ -32,6 +32,7 @@ from captioner.datasets.batches import Batch, CaptionDataset
 from captioner.errors import CaptionerError, CheckpointError, ImageError, WeightsError
 from captioner.evaluation import describe
 from captioner.model import Caption, Captioner
+from captioner.networks import weights
 from captioner.networks.decoder import Decoder
 from captioner.networks.encoder import Encoder
 from captioner.networks.inference import has_fast_bf16
@@ -411,9 +412,9 @@ class Trainer:
                 f"{last}: was trained with other {encoder.config.name} weights ({saved.encoder_sha256[:12]}, "
                 f"not {encoder.weights_sha256[:12]}); give those with --encoder.weights, or choose another --output"
             )
-        checkpoint.fill(self.captioner.decoder, saved.decoder_state, str(last))
+        weights.fill(self.captioner.decoder, saved.decoder_state, str(last))
         if self.data.encoder.trainable:
-            checkpoint.fill(self.data.encoder.body, saved.encoder_state or {}, str(last))
+            weights.fill(self.data.encoder.body, saved.encoder_state or {}, str(last))
         self.history = run.load_state(last, self.optimiser)
         log.info("%s: going on after epoch %d", last, self.history.epoch)
 
