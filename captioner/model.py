@@ -239,5 +239,3 @@ def _onnx(folder: Path, saved: checkpoint.Checkpoint) -> OnnxEngine:
     return OnnxEngine(
         folder / checkpoint.EXPORTED, image_size=saved.encoder.image_size, vocabulary_size=len(saved.vocabulary)
     )
-
-

@@ -20,7 +20,7 @@ from captioner.datasets.annotations import load as load_annotations
 from captioner.errors import CaptionerError, CheckpointError
 from captioner.export.decoder import DecoderExport
 from captioner.export.encoder import EncoderExport
-from captioner.export.graph import Graph, Weights
+from captioner.export.graph import Weights
 from captioner.model import Captioner
 from captioner.networks import storage, weights
 from captioner.networks.inference import TorchEngine
@@ -38,8 +38,8 @@ class ExportReport:
     """The result of an export."""
 
     folder: Path
-    size: int  # of the folder, in bytes
-    difference: float  # of features from those of torch: root mean square, as a share of the features' own
+    bytes: int  # of all files in the folder
+    differences: Mapping[str, float]  # from torch in fp32, by what is compared
     scores_before: Mapping[str, float] | None  # validation scores of the network in fp32, where there is data
     scores_after: Mapping[str, float] | None  # the same of the graphs
 
@@ -83,27 +83,28 @@ def export(
     network = storage.load(source, saved, encoder_weights=encoder_weights, device="cpu", precision="fp32")
     annotations = None if data is None else _annotations(data)
     some = _pixels(annotations, photos, network.image_size)
-    built, graphs = _graphs(network, some if precision == "int8" else None)
     alone = target != source and precision == "int8"
-    content = _content(saved, network, built, precision, alone=alone)
     with checkpoint.replacing(target) as new:
         if target == source:
             shutil.copytree(source, new, dirs_exist_ok=True)
-        _write(new / checkpoint.EXPORTED, built, graphs)
+        built = write_graphs(new / checkpoint.EXPORTED, network, some if precision == "int8" else None)
+        content = _content(saved, network, built, precision, alone=alone)
         engine = OnnxEngine(
             new / checkpoint.EXPORTED, image_size=network.image_size, vocabulary_size=network.vocabulary_size
         )
-        difference = _difference(network.features(some[:_COMPARED]), engine.features(some[:_COMPARED]))
+        differences = _differences(network, engine, some[:_COMPARED])
         before = after = None
         if annotations is not None and any(example.split == "val" for example in annotations.examples):
             before, after = (
                 _scores(Captioner(each, saved.vocabulary, saved.decoding), annotations.split("val"))
                 for each in (network, engine)
             )
-            content = replace(content, export={**(content.export or {}), "scores_before": before, "scores_after": after})
+            content = replace(
+                content, export={**(content.export or {}), "scores_before": before, "scores_after": after}
+            )
         checkpoint.write(new, content, hub.model_card(content))
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    return ExportReport(target, size, difference, before, after)
+    return ExportReport(target, size, differences, before, after)
 
 
 def _annotations(data: DataConfig) -> Annotations:
@@ -125,14 +126,35 @@ def _pixels(annotations: Annotations | None, count: int, size: int) -> npt.NDArr
     return pixels
 
 
-def _graphs(network: TorchEngine, photos: npt.NDArray[np.uint8] | None) -> tuple[Weights, list[Graph]]:
-    """The graphs of a network, and the tensors that they use."""
+def write_graphs(
+    folder: Path,
+    network: TorchEngine,
+    photos: npt.NDArray[np.uint8] | None,
+    features: npt.NDArray[np.float32] | None = None,
+) -> Weights:
+    """Write the three graphs of a network, and the file of weights that they share.
+
+    Args:
+        folder: is made anew.
+        network: in fp32.
+        photos: calibration photos, `(photos, 3, height, width)`; None writes graphs in fp32.
+        features: calibrate the decoder; by default those of the photos.
+
+    Returns:
+        The tensors of the file.
+    """
     built = Weights()
-    pixels = None if photos is None else torch.from_numpy(photos)
-    features = None if photos is None else torch.from_numpy(network.features(photos))
-    looks = EncoderExport(network.encoder, built, pixels)
-    writes = DecoderExport(network.decoder, built, features)
-    return built, [looks.graph(), writes.start(), writes.step()]
+    seen = None if photos is None else network.features(photos) if features is None else features
+    looks = EncoderExport(network.encoder, built, None if photos is None else torch.from_numpy(photos))
+    writes = DecoderExport(network.decoder, built, None if seen is None else torch.from_numpy(seen))
+    graphs = [looks.graph(), writes.start(), writes.step()]
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    content, places = built.serialise()
+    (folder / Weights.FILE).write_bytes(content)
+    for graph in graphs:
+        (folder / f"{graph.name}.onnx").write_bytes(graph.build(places))
+    return built
 
 
 def _content(saved: Checkpoint, network: TorchEngine, built: Weights, precision: str, *, alone: bool) -> Checkpoint:
@@ -151,17 +173,17 @@ def _content(saved: Checkpoint, network: TorchEngine, built: Weights, precision:
     )
 
 
-def _write(folder: Path, built: Weights, graphs: Sequence[Graph]) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    content, places = built.serialise()
-    (folder / Weights.FILE).write_bytes(content)
-    for graph in graphs:
-        (folder / f"{graph.name}.onnx").write_bytes(graph.build(places))
-
-
-def _difference(expected: npt.NDArray[np.float32], found: npt.NDArray[np.float32]) -> float:
-    return float(np.sqrt(np.square(found - expected).mean() / max(np.square(expected).mean(), 1e-30)))
+def _differences(network: TorchEngine, engine: OnnxEngine, photos: npt.NDArray[np.uint8]) -> dict[str, float]:
+    """How far the graphs are from torch: root mean squares of differences, as shares of the numbers themselves."""
+    features = network.features(photos)
+    pairs = {"features": (features, engine.features(photos))}
+    words, rows = np.full(len(photos), min(1, network.vocabulary_size - 1)), np.arange(len(photos))
+    first, _ = network.step_all(words, rows, network.start(features))
+    pairs["log-probabilities of the first word"] = first, engine.step_all(words, rows, engine.start(features))[0]
+    return {
+        name: float(np.sqrt(np.square(ours - theirs).mean() / max(float(np.square(theirs).mean()), 1e-30)))
+        for name, (theirs, ours) in pairs.items()
+    }
 
 
 def _scores(captioner: Captioner, examples: Sequence[Example]) -> dict[str, float]:
