@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers import data, isolated, make_data, make_model  # noqa: F401
+from helpers import ENCODER, data, isolated, make_data, make_model  # noqa: F401
 
 from captioner import Captioner, cli, evaluation, metrics
 from captioner.config import DataConfig, DecodingOptions, Statistics
@@ -181,7 +181,7 @@ def test_photos_that_cannot_be_read_are_left_out_and_named(
 def test_photos_of_another_encoder_are_not_mixed(
     data: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = dataclasses.replace(make_model().encoder.config, image_size=40)
+    config = dataclasses.replace(ENCODER, image_size=40)
     make_model(config).save_pretrained(tmp_path / "other")
     common = ("--data", data, "--features", tmp_path / "features")
     assert run("--model", model, *common) == 0
