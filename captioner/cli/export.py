@@ -65,10 +65,8 @@ def command(arguments: Sequence[str], prog: str) -> int:
 
 def summary(report: ExportReport) -> str:
     """An export in a few lines."""
-    lines = [
-        f"{output.one_line(report.folder)}: {report.size / 1e6:.1f} MB",
-        f"features differ from those of torch by {report.difference:.2%} (root mean square)",
-    ]
+    lines = [f"{output.one_line(report.folder)}: {report.bytes / 1e6:.1f} MB"]
+    lines += [f"largest difference from torch, {name}: {value:.3g}" for name, value in report.differences.items()]
     if report.scores_before and report.scores_after:
         lines += [
             f"{name}: {before:.4f} before, {report.scores_after[name]:.4f} after"
