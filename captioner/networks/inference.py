@@ -130,6 +130,7 @@ class TorchEngine(TorchDecoder):
             device: where to compute; None: where the decoder is.
         """
         super().__init__(decoder, precision, device)
+        self.encoder, self.decoder = encoder, decoder  # as they were handed in: to be saved and exported
         self.image_size = encoder.config.image_size
         with torch.no_grad():
             shared = _inferring(encoder, encoder.mean.device, torch.float32)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from captioner import checkpoint
 from captioner.checkpoint import Checkpoint
 from captioner.config import DecodingOptions, Precision
@@ -70,6 +72,7 @@ def load(
         )
     decoder = Decoder(saved.decoder, len(saved.vocabulary))
     weights.fill(decoder, saved.decoder_state, str(folder / checkpoint.WEIGHTS))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return TorchEngine(encoder, decoder, precision=precision, device=device)
 
 
