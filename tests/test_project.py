@@ -15,7 +15,7 @@ PACKAGE = ROOT / "captioner"
 #: From the bottom to the top: a module or sub-package imports from layers below its own.
 LAYERS = [
     {"errors", "metrics"},
-    {"files", "progress"},
+    {"files", "machine", "progress"},
     {"config", "tensors"},
     {"vocabulary", "images", "graphs"},
     {"decoding"},

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, TypeVar, g
 
 import tyro
 
-from captioner.config import DecodingOptions
+from captioner.config import DecodingOptions, Precision
 
 if TYPE_CHECKING:
     from captioner.model import Captioner
@@ -25,7 +25,7 @@ class EngineArguments:
 
     engine: Literal["auto", "onnx", "torch"] = "auto"  # "auto": ONNX graphs if the model has them, else torch
     device: str | None = None  # of torch, such as "cpu" or "cuda:1"; by default a GPU if there is one
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of torch; "auto": bf16 or fp16 where that is fast
+    precision: Precision = "auto"  # of torch; "auto": 16 bits where the device is fast at them, else fp32
     # file of the CNN's weights, where the model names them and does not hold them
     encoder_weights: Annotated[str | None, tyro.conf.arg(name="encoder.weights")] = None
 
