@@ -82,7 +82,7 @@ def make_config(data: Path, output: Path, epochs: int = 2, **optimisation: Any) 
             OptimisationConfig(epochs=epochs, batch_size=16, learning_rate=0.01, warmup_steps=2, patience=100),
             **optimisation,
         ),
-        decoding=DecodingOptions(max_words=8, precision="fp32"),
+        decoding=DecodingOptions(max_words=8),
         min_count=1,
         precision="fp32",
         tracking="none",

@@ -23,6 +23,8 @@ from PIL import Image, ImageDraw
 from captioner import files
 from captioner.errors import AnnotationError
 
+FOLDER = Path("data/shapes")  # of the preset; it is drawn where it is missing
+
 COLOURS = {  # RGB; far enough apart that the jitter of COLOUR_JITTER cannot turn one into another
     "red": (214, 40, 40),
     "green": (46, 160, 67),

@@ -1,4 +1,4 @@
-"""Weights & Biases: what a training run reports there."""
+"""Weights & Biases: the reports of a training run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class Tracker:
-    """A run of Weights & Biases, or nothing where that is not wanted."""
+    """A run of Weights & Biases; without one, all reports are dropped."""
 
     def __init__(self, run: wandb.Run | None) -> None:
         self._run = run
@@ -28,8 +28,8 @@ class Tracker:
         to upload it.
 
         Args:
-            folder: of the training run; files of Weights & Biases go to `wandb/` in it.
-            project: its name there.
+            folder: of the training run; Weights & Biases keeps its files in `wandb/` there.
+            project: name of the project in Weights & Biases.
             config: all settings, in JSON's types.
             run_id: of the run to go on with; None starts a new one.
         """
@@ -50,13 +50,13 @@ class Tracker:
             if mode == "online" and not wandb.login(prompt=False):
                 mode = "offline"
             run = begin(mode=mode)
-        except wandb.errors.Error as error:  # no way to the server, or a key that it does not know
+        except wandb.errors.Error as error:  # the server cannot be reached, or does not know the key
             log.warning("Weights & Biases cannot be used (%s)", (str(error).splitlines() or ["no reason given"])[0])
             mode = "offline"
             try:
                 run = begin(mode=mode)
             except wandb.errors.Error:
-                log.warning("this run is not tracked; change what was said above, or use --tracking none")
+                log.warning("this run is not tracked; mend that, or use --tracking none")
                 return cls(None)
         if mode == "offline":
             kept = Path(run.settings.sync_dir)
@@ -67,7 +67,7 @@ class Tracker:
 
     @property
     def run_id(self) -> str | None:
-        """Identifies the run, so that it can be gone on with."""
+        """Identifies the run, so that a later start can go on with it."""
         return None if self._run is None else self._run.id
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -99,7 +99,7 @@ class Tracker:
         self._run.log({"samples": table, "step": step})
 
     def abandon(self) -> None:
-        """End the run as one that failed; it can be gone on with."""
+        """End the run as one that failed; a later start can go on with it."""
         if self._run is not None:
             self._run.finish(exit_code=1)
 
@@ -107,7 +107,7 @@ class Tracker:
         """End the run.
 
         Args:
-            summary: the numbers that it is remembered by.
+            summary: the numbers that lists of runs show.
         """
         if self._run is not None:
             self._run.summary.update(dict(summary))

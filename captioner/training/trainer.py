@@ -1,7 +1,7 @@
 """The training loop: captions and features -> checkpoints.
 
-Everything random in an epoch follows from the seed, the epoch's number and the process, so a run that is stopped and
-started again gives the same numbers as one that was not, without saving any generator's state.
+The seed, the number of the epoch and the number of the process decide everything that is random in an epoch. So a run
+that is stopped and started again computes the same numbers as an uninterrupted one, and no generator's state is saved.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name that everyone uses
 
 from captioner import checkpoint, files, images, metrics
-from captioner.config import TrainingConfig
+from captioner.config import DataConfig, DecoderConfig, EncoderConfig, TrainingConfig
+from captioner.datasets.annotations import captions_sha256
 from captioner.datasets.batches import Batch, CaptionDataset
 from captioner.errors import CaptionerError, CheckpointError, ImageError, WeightsError
 from captioner.evaluation import describe
@@ -38,24 +39,25 @@ from captioner.networks.inference import has_fast_bf16
 from captioner.progress import Progress
 from captioner.scoring import references_of
 from captioner.training import run
-from captioner.training.inputs import Data, prepare
+from captioner.training.inputs import Inputs, load_inputs
+from captioner.training.presets import PRESETS
 from captioner.training.reward import Reward
 from captioner.training.run import History
-from captioner.training.schedule import warmed_cosine
 from captioner.training.tracking import Tracker
 from captioner.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
-_TRAINING = ("epoch", "train_loss")  # what an epoch's record holds that is not of validation
+_TRAINING = ("epoch", "train_loss")  # values in an epoch's record that are not of validation
 _THUMBNAIL = 224  # height and width of photos shown in Weights & Biases, in pixels
-_FEW = 20  # validation photos
+_FEW = 20  # validation photos; with fewer, their CIDEr tells little
 _SAMPLES = 8  # validation photos shown in Weights & Biases
 _LOG_EVERY = 20  # optimiser steps; reading the loss makes the device wait
+_LAST_SHARE = 0.01  # of the learning rate, at the end of a run
 
 
 class Network(nn.Module):
-    """What learns: the decoder, and the encoder where it is not frozen."""
+    """All that training changes: the decoder, and the encoder where it is not frozen."""
 
     def __init__(self, encoder: Encoder, decoder: Decoder) -> None:
         super().__init__()
@@ -68,7 +70,7 @@ class Network(nn.Module):
         return logits
 
     def features(self, batch: Batch) -> Float[Tensor, "photos 4096"]:
-        """What is seen in a batch's photos."""
+        """Features of a batch's photos."""
         features: Tensor = batch.photos if self.encoder is None else self.encoder(batch.photos)
         return features
 
@@ -96,52 +98,100 @@ def train(config: TrainingConfig) -> History:
         )
     except ValueError as error:  # not of this device, or not the one that this process has trained with before
         raise CaptionerError(f"--precision {config.precision} cannot be used: {error}") from None
-    start = None
-    if config.start is not None:
-        try:
-            start = Captioner.from_pretrained(config.start, device="cpu")
-        except WeightsError:
-            if config.encoder.weights == "default":
-                raise
-            start = Captioner.from_pretrained(config.start, encoder_weights=config.encoder.weights, device="cpu")
+    start = None if config.start is None else _load_start(config)
+    if start is not None:
         config = dataclasses.replace(config, encoder=start.encoder.config, decoder=start.decoder.config)
-    settings = run.claim(config, write=accelerator.is_main_process)
-    log.info("settings: %s", json.dumps(settings))
-    state = None if start is None or start.encoder.elsewhere else start.encoder.body.state_dict()
-    return Trainer(config, prepare(config, accelerator, state), accelerator, start).run(settings)
+    with run.claimed(config, write=accelerator.is_main_process):
+        changed = run.differences(
+            run.as_json(TrainingConfig(DataConfig(config.data.data), config.output)), run.as_json(config)
+        )
+        listed = "".join(f"\n  {name:40}{value}" for name, (_, value) in changed.items())
+        log.info("settings (any other has its default, all are in %s):%s", config.output / "config.json", listed)
+        state = None if start is None or start.encoder.elsewhere else start.encoder.body.state_dict()
+        return Trainer(config, load_inputs(config, accelerator, state), accelerator, start).run()
+
+
+def _load_start(config: TrainingConfig) -> Captioner:
+    """Load the model to begin with.
+
+    Raises:
+        CaptionerError: it cannot be loaded, or the settings ask for another encoder or decoder than it has.
+    """
+    assert config.start is not None
+    try:
+        start = Captioner.from_pretrained(config.start, device="cpu")
+    except WeightsError:
+        if config.encoder.weights == "default":
+            raise
+        start = Captioner.from_pretrained(config.start, encoder_weights=config.encoder.weights, device="cpu")
+    # Settings that are a preset's, or the default, were not asked for: they are replaced by those of the model.
+    pairs: list[tuple[str, Any, Any, list[Any]]] = [
+        ("encoder", config.encoder, start.encoder.config, [EncoderConfig(), *(p.encoder for p in PRESETS.values())]),
+        ("decoder", config.decoder, start.decoder.config, [DecoderConfig(), *(p.decoder for p in PRESETS.values())]),
+    ]
+    for name, given, own, usual in pairs:
+        for field in dataclasses.fields(given):
+            value = getattr(given, field.name)
+            known = [getattr(each, field.name) for each in (own, *usual)]
+            if field.name != "weights" and value not in known:  # `encoder.weights` says where to find the model's own
+                raise CaptionerError(
+                    f"{name}.{field.name} is {value!r}, and the model to start with has {known[0]!r}; "
+                    f"leave out --{name}.{field.name.replace('_', '-')}, or leave out --start"
+                )
+    return start
+
+
+def warmed_cosine(step: int, steps: int, warmup: int, last: float = 0.0) -> float:
+    """Share of the learning rate: a linear warm-up, then half a cosine (Loshchilov & Hutter 2017).
+
+    Args:
+        step: from 0.
+        steps: of the whole run.
+        warmup: steps until the share is 1; at most a quarter of all steps, so that short runs learn too.
+        last: share at the end of the cosine, 0 to 1.
+    """
+    warmup = min(warmup, steps // 4)
+    if step < warmup:
+        return (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return last + (1 - last) * (1 + math.cos(math.pi * done)) / 2
 
 
 class Trainer:
     """The state of a run and the loop over it."""
 
     def __init__(
-        self, config: TrainingConfig, data: Data, accelerator: Accelerator, start: Captioner | None = None
+        self, config: TrainingConfig, data: Inputs, accelerator: Accelerator, start: Captioner | None = None
     ) -> None:
         """Build the model and the optimiser.
 
         Args:
             config: all settings.
-            data: what to learn from.
+            data: photos and captions to learn from.
             accelerator: device, precision and processes.
             start: the model to begin with.
         """
         self.config, self.data, self.accelerator = config, data, accelerator
         options = config.optimisation
-        captions = (caption for example in data.train.examples for caption in example.captions)
-        vocabulary = start.vocabulary if start else Vocabulary.build(captions, config.min_count)
+        vocabulary = start.vocabulary if start else _build_vocabulary(data, config.min_count)
         self.train, self.val = (
             CaptionDataset(split.examples, vocabulary, split.source, split.rows, config.max_words)
             for split in (data.train, data.val)
         )
-        self._captions_sha256 = run.fingerprint([*data.train.examples, *data.val.examples])
+        self._captions_sha256 = captions_sha256([*data.train.examples, *data.val.examples])
         set_seed(config.seed)
         decoder = Decoder(config.decoder, len(vocabulary))
         if start:
             decoder.load_state_dict(start.decoder.state_dict())
         self.reward = None
         if options.objective == "cider":
-            draws = dataclasses.replace(config.decoding, precision="fp32" if config.precision == "fp32" else "auto")
-            self.reward = Reward(data.train.examples, data.train.rows, vocabulary, draws)
+            self.reward = Reward(
+                data.train.examples,
+                data.train.rows,
+                vocabulary,
+                max_words=config.decoding.max_words,
+                precision="fp32" if config.precision == "fp32" else "auto",
+            )
         groups: list[dict[str, Any]] = [{"params": list(decoder.parameters()), "lr": options.learning_rate}]
         if data.encoder.trainable:
             groups.append({"params": list(data.encoder.parameters()), "lr": options.encoder_learning_rate})
@@ -154,14 +204,12 @@ class Trainer:
         self.history = History()
         self.steps_an_epoch = self.train.steps(options.batch_size, accelerator.num_processes)
 
-    def run(self, settings: Mapping[str, Any]) -> History:
-        """Train to the end.
-
-        Args:
-            settings: the configuration in JSON's types.
-        """
+    def run(self) -> History:
+        """Train to the end."""
         self._resume()
         config, history = self.config, self.history
+        if self.accelerator.is_main_process:
+            run.save_settings(config)
         if self._finished():
             log.info(
                 "%s: this run is finished (%d epochs, the best is %d); choose another --output for a new one",
@@ -169,7 +217,9 @@ class Trainer:
             )  # fmt: skip
             return history
         wanted = config.tracking == "wandb" and self.accelerator.is_main_process
-        tracker = Tracker.start(config.output, config.project, settings, history.run_id) if wanted else Tracker(None)
+        tracker = Tracker(None)
+        if wanted:
+            tracker = Tracker.start(config.output, config.project, run.as_json(config), history.run_id)
         try:
             history.run_id = tracker.run_id or history.run_id
             self._train(tracker)
@@ -180,7 +230,7 @@ class Trainer:
         return history
 
     def _train(self, tracker: Tracker) -> None:
-        """All epochs that are left."""
+        """Train the epochs that are left."""
         history, main = self.history, self.accelerator.is_main_process
         log.info(
             "%s captions of %s photos, %s words; %s steps an epoch on %s",
@@ -207,7 +257,10 @@ class Trainer:
             self.accelerator.wait_for_everyone()
 
     def _better(self, scores: Mapping[str, float]) -> bool:
-        """Whether these are the best so far, by CIDEr; where it is the same, as it is of one photo, by the loss."""
+        """Whether these scores are the best so far: by CIDEr, or by the loss where CIDEr is the same.
+
+        CIDEr is the same, 0, in every epoch where validation has a single photo.
+        """
         history = self.history
         if scores["cider"] != history.best_cider:
             return scores["cider"] > history.best_cider
@@ -265,7 +318,7 @@ class Trainer:
         return {"epoch": history.epoch + 1, "train_loss": self._finite(float(loss_sum / word_count))}
 
     def _loss(self, batch: Batch) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """What is minimised, and what is told: the cross-entropy, or minus the mean reward."""
+        """The loss to minimise, and the value to report: the cross-entropy, or minus the mean reward."""
         options = self.config.optimisation
         if self.reward is None:
             with self.accelerator.autocast():
@@ -273,17 +326,17 @@ class Trainer:
             loss = F.cross_entropy(logits.float(), batch.targets, label_smoothing=options.label_smoothing)
             return loss, loss.detach()
         network = self.accelerator.unwrap_model(self.network)
-        # Another seed at every step: what is drawn also depends on the photo, so processes need none of their own.
+        # Each step has a seed of its own. Processes share it, since the draws depend on the photos too.
         seed = self.config.seed * 2**31 + self.history.step
         with torch.no_grad():
             features = network.features(batch)
         drawn = self.reward.draw(network.decoder, features, batch, seed=seed)
-        if not len(drawn.batch.targets):  # a network whose weights are no numbers writes nothing
+        if not len(drawn.batch.targets):  # a network whose weights have become NaN writes nothing
             self._finite(math.nan)
         with self.accelerator.autocast():
             logits = self.network(drawn.batch)
         loss = self.reward.loss(logits, drawn)
-        return loss, 0 * loss.detach() - drawn.reward  # no number where the loss is none
+        return loss, 0 * loss.detach() - drawn.reward  # NaN where the loss is
 
     @torch.inference_mode()
     def _validate(self) -> tuple[list[Caption], dict[str, float]]:
@@ -292,14 +345,14 @@ class Trainer:
         self.captioner = self._captioner()
         accelerator, split = self.accelerator, self.data.val
         rank, processes = accelerator.process_index, accelerator.num_processes
-        if processes > 1:  # running statistics of the first process, which are the ones that are saved
+        if processes > 1:  # all use the running statistics of the first process, whose checkpoint is saved
             for buffer in self.network.buffers():
                 buffer.copy_(broadcast(buffer))
         captions = describe(self.captioner, split.source, split.rows[rank::processes])
         if processes > 1:
             numbered = gather_object(list(zip(range(rank, len(split.rows), processes), captions, strict=True)))
             captions = [caption for _, caption in sorted(numbered, key=lambda pair: pair[0])]
-        # Everyone computes the scores, so that everyone takes the same decisions.
+        # Every process computes the scores, so that all take the same decisions.
         references = references_of(split.examples)
         scores = metrics.score(references, dict(zip(references, (caption.text for caption in captions), strict=True)))
         total, words = 0.0, 0
@@ -313,14 +366,16 @@ class Trainer:
         return captions, {"val_loss": self._finite(total / words), **scores}
 
     def _captioner(self) -> Captioner:
-        """The model with the weights of now."""
+        """The model with the present weights; it captions in fp32."""
         network = self.accelerator.unwrap_model(self.network)
-        return Captioner(self.data.encoder, network.decoder, self.vocabulary, self.config.decoding)
+        captioner = Captioner(self.data.encoder, network.decoder, self.vocabulary, self.config.decoding)
+        captioner.precision = "fp32"
+        return captioner
 
     def _schedule(self, step: int) -> float:
-        """Share of the learning rate."""
+        """Share of the learning rate at a step."""
         options = self.config.optimisation
-        return warmed_cosine(step, options.epochs * self.steps_an_epoch, options.warmup_steps, last=0.01)
+        return warmed_cosine(step, options.epochs * self.steps_an_epoch, options.warmup_steps, last=_LAST_SHARE)
 
     def _finished(self) -> bool:
         history, options = self.history, self.config.optimisation
@@ -349,7 +404,7 @@ class Trainer:
         pairs = list(zip(self.data.val.examples, captions, strict=True))
         rows = []
         for example, caption in pairs[:: max(1, len(pairs) // _SAMPLES)][:_SAMPLES]:
-            with contextlib.suppress(ImageError):  # a photo that has gone since: its caption is no reason to stop
+            with contextlib.suppress(ImageError):  # the photo has gone meanwhile: the table does without it
                 pixels = images.load(example.path, _THUMBNAIL).permute(1, 2, 0).numpy()
                 rows.append((pixels, caption.text, caption.logprob, "\n".join(example.captions)))
         tracker.samples(history.step, ("photo", "caption", "log-probability", "human captions"), rows)
@@ -362,7 +417,7 @@ class Trainer:
             "train_photos": len(self.data.train.examples),
             "val_photos": len(self.data.val.examples),
             "captions_sha256": self._captions_sha256,
-            "train_sha256": run.fingerprint(self.data.train.examples),
+            "train_sha256": captions_sha256(self.data.train.examples),
             "val_share": self.config.data.val_share,
             "restval": self.config.data.restval,
             "start": None if self.config.start is None else Path(self.config.start).name,
@@ -415,11 +470,26 @@ class Trainer:
         if self.data.encoder.trainable:
             checkpoint.fill(self.data.encoder.body, saved.encoder_state or {}, str(last))
         self.history = run.load_state(last, self.optimiser)
+        if not all({*_TRAINING, "val_loss", "cider"} <= record.keys() for record in self.history.epochs) or (
+            self.history.epoch and not self.history.best_epoch
+        ):
+            raise CheckpointError(f"{last}: training.json lacks scores of an epoch; choose another --output")
         log.info("%s: going on after epoch %d", last, self.history.epoch)
 
 
+def _build_vocabulary(data: Inputs, min_count: int) -> Vocabulary:
+    captions = [caption for example in data.train.examples for caption in example.captions]
+    vocabulary = Vocabulary.build(captions, min_count)
+    if len(vocabulary) == len({vocabulary.pad, vocabulary.start, vocabulary.end, vocabulary.unk}):
+        raise CaptionerError(
+            f"min_count is {min_count}, and no word of the {len(captions):,} training captions comes that often; "
+            "lower --min-count"
+        )
+    return vocabulary
+
+
 def _mirrored(batch: Batch) -> Batch:
-    """A batch of whose photos about half, at random, are mirrored."""
+    """A batch with about half of its photos, chosen at random, mirrored."""
     chosen = torch.rand(len(batch.photos), 1, 1, 1, device=batch.photos.device) < 0.5
     return dataclasses.replace(batch, photos=torch.where(chosen, batch.photos.flip(3), batch.photos))
 

@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from test_teacher import Colours
 
 from captioner import cli
-from captioner.config import DataConfig, DistillationConfig, EncoderConfig
+from captioner.config import DataConfig, EncoderConfig
 from captioner.datasets.annotations import load
 from captioner.errors import CaptionerError, CheckpointError
 from captioner.networks.encoder import Encoder
 from recipes.mini import distillation
 from recipes.mini.distillation import Distiller, _augment, _mix, distil
+from recipes.mini.presets import DistillationConfig
 from recipes.mini.teacher import Views
 
 

@@ -120,7 +120,7 @@ def test_a_run_begins_with_the_model_of_another(data: Path, tmp_path: Path) -> N
     first = make_config(data, tmp_path / "first", epochs=1)
     train(first)
     still = second(first, tmp_path / "second", learning_rate=1e-12)
-    train(replace(still, min_count=3, decoder=replace(still.decoder, hidden_size=999)))
+    train(replace(still, min_count=3))
     one, two = (checkpoint.read(tmp_path / name / "best") for name in ("first", "second"))
     assert one.decoder == two.decoder
     assert one.vocabulary.sha256 == two.vocabulary.sha256
@@ -137,6 +137,28 @@ def test_a_run_begins_with_the_model_of_another(data: Path, tmp_path: Path) -> N
     last = checkpoint.read(tmp_path / "fourth" / "best")
     assert last.encoder_sha256 == third.encoder_sha256
     assert last.encoder_state is not None
+
+
+@pytest.mark.parametrize(
+    ("part", "settings", "said"),
+    [
+        (
+            "decoder",
+            {"hidden_size": 999},
+            "decoder.hidden_size is 999, and the model to start with has 16; leave out",
+        ),
+        ("encoder", {"image_size": 48}, "encoder.image_size is 48, and the model to start with has 32; leave out"),
+    ],
+)
+def test_a_model_to_start_with_has_its_own_networks(
+    data: Path, tmp_path: Path, part: str, settings: dict[str, Any], said: str
+) -> None:
+    model = make_model()
+    model.save_pretrained(tmp_path / "first")
+    config = second(make_config(data, tmp_path / "first"), tmp_path / "second")
+    with pytest.raises(CaptionerError, match=said):
+        train(replace(config, **{part: replace(getattr(config, part), **settings)}))
+    assert not (tmp_path / "second").exists()
 
 
 def test_a_run_with_reward_goes_on_where_it_was_stopped(
