@@ -86,13 +86,13 @@ class DecodingOptions:
     num_captions: int = 1  # captions an image, best first; the beam is at least this wide
     max_words: int = 20  # longer captions are cut there
     min_words: int = 1  # a caption may not end before it has this many words
-    length_normalisation: Normalisation = "none"  # what log-probabilities are divided by to rank
+    length_normalisation: Normalisation = "none"  # divisor of a log-probability, by which captions are ranked
     gnmt_alpha: float = 0.6  # strength of the "gnmt" normalisation, ((5 + length) / 6) ** alpha
     no_repeat_ngram: int = 0  # a run of this many words comes at most once in a caption; 0 allows all
     forbidden_words: tuple[str, ...] = ()  # words that a caption never has
-    required_words: tuple[str, ...] = ()  # words or phrases that every caption has; "dog|dogs" asks for one of the two
+    required_words: tuple[str, ...] = ()  # words or phrases that every caption has; "dog|dogs": one of the two
     beam_groups: int = 1  # groups that the beam is split into, each urged to differ from those before it
-    diversity: float = 0.5  # what a word costs, in log-probability, for each earlier group that just chose it
+    diversity: float = 0.5  # taken off the log-probability of a word for each earlier group that just chose it
     temperature: float = 1.0  # sampling: below 1 keeps to likely words, above 1 strays from them
     top_k: int = 0  # sampling: only among this many likeliest words; 0 allows all
     top_p: float = 1.0  # sampling: only among the likeliest words that together have this probability
@@ -150,7 +150,7 @@ class DataConfig:
 
     data: Path  # folder in a known layout (COCO, Karpathy, Flickr8k), or caption file; data/shapes is drawn if missing
     images: Path | None = None  # folder of the photos, where the layout does not say it
-    restval: Literal["train", "exclude"] = "train"  # what the "restval" photos of a Karpathy split count as
+    restval: Literal["train", "exclude"] = "train"  # whether the "restval" photos of a Karpathy split are of training
     on_problem: Literal["error", "skip"] = "error"  # missing photos, double ids and so on: stop, or leave them out
     val_share: float = 0.05  # share of photos taken for validation from a CSV or JSONL file without a "split" column
     features: Path | None = None  # folder of the feature store; by default one in ~/.cache/captioner a set and encoder

@@ -1,4 +1,4 @@
-"""Caption files -> examples: which photo, where it lies, what people wrote about it, and which split it belongs to.
+"""Caption files -> examples: each photo with its path, its human captions and its split.
 
 `load` recognises every format by its content and checks it before training begins: it finds photos that are missing,
 ids that are given twice, captions that are empty or of no photo, and photos that training and evaluation share.

@@ -20,7 +20,7 @@ from torch import Tensor
 from captioner.datasets.annotations import Example
 from captioner.vocabulary import Vocabulary
 
-#: Captions are sorted by length within this many batches: little padding, and still a new mixture every epoch.
+#: Captions are sorted by length within this many batches: that leaves little padding, and mixes them anew each epoch.
 _SORTED_TOGETHER = 32
 
 

@@ -300,9 +300,7 @@ def test_one_run_at_a_time(data: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
     def meanwhile(self: Trainer, *arguments: Any) -> dict[str, float]:
         for other in (config, replace(config, seed=1)):
-            with pytest.raises(
-                CheckpointError, match=r"run: another process is training there; wait until it ends"
-            ):
+            with pytest.raises(CheckpointError, match=r"run: another process is training there; wait until it ends"):
                 train(other)
             refused.append(other)
         return epoch(self, *arguments)
@@ -336,9 +334,7 @@ def test_a_setting_of_a_later_version(data: Path, tmp_path: Path) -> None:
     train(config)
     path = config.output / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "colour": "red"}))
-    with pytest.raises(
-        CheckpointError, match=r"config.json: not the settings of a run .*colour is no setting"
-    ):
+    with pytest.raises(CheckpointError, match=r"config.json: not the settings of a run .*colour is no setting"):
         train(config)
 
 
