@@ -212,6 +212,7 @@ class TrainingConfig:
     max_words: int = 30  # longer training captions are cut there
     precision: Precision = "auto"  # of training: "auto" is bf16 where the processor or GPU is fast at it, else fp32
     seed: int = 0  # decides the decoder's initial weights, the order of captions and dropout
+    checkpoint_minutes: float = 10.0  # time between two checkpoints inside an epoch, from which a stopped run goes on
     tracking: Tracking = "wandb"  # Weights & Biases, which stays offline where there is no API key
     project: str = "captioner"  # name of the project in Weights & Biases
 
@@ -223,6 +224,7 @@ class TrainingConfig:
             raise CaptionerError(
                 'optimisation.objective "cider" needs a model that writes already; give one with --start DIR'
             )
+        _at_least("checkpoint_minutes", self.checkpoint_minutes, 0)
         _seed(self.seed)
         _choice("precision", self.precision, Precision)
         _choice("tracking", self.tracking, Tracking)

@@ -114,7 +114,15 @@ class CaptionDataset:
         )
 
     def epoch(
-        self, number: int, *, batch_size: int, seed: int, rank: int = 0, processes: int = 1, by_photo: bool = False
+        self,
+        number: int,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        processes: int = 1,
+        by_photo: bool = False,
+        first: int = 0,
     ) -> Iterator[Batch]:
         """All captions in a new order: in batches of about equal length, or photo by photo.
 
@@ -126,13 +134,14 @@ class CaptionDataset:
             processes: number of processes that share the epoch. Each gets the same number of batches.
             by_photo: keep the captions of a photo together, so that the encoder computes its features once an epoch.
                 That pays when the encoder learns; when it does not, sorting by length saves more.
+            first: batches to leave out at the beginning: a run that was stopped has had them.
         """
         random = np.random.default_rng((seed, number))
         size = batch_size * processes
         order = self._by_photo(random) if by_photo else self._by_length(random, size * _SORTED_TOGETHER)
         # A step's captions, of all processes, are neighbours, so that no process waits for one with longer captions.
         steps = [order[start : start + size] for start in range(0, len(order), size)]
-        for index in random.permutation(len(steps)):
+        for index in random.permutation(len(steps))[first:]:
             step = steps[index]
             share = np.array_split(step, processes)[rank] if by_photo else step[rank::processes]
             # Where a step has fewer captions than processes, the last processes repeat one: all take part in a step.

@@ -25,9 +25,18 @@ from captioner.config import from_json
 from captioner.errors import CaptionerError, CheckpointError
 from captioner.networks import weights
 
-# Settings that may differ between two starts of one run: the places of files, whose contents are compared instead, and
-# the place where the run is reported.
-_FREE = {"output", "tracking", "project", "data.data", "data.images", "data.features", "encoder.weights"}
+# Settings that may differ between two starts of one run: the places of files, whose contents are compared instead, the
+# place where the run is reported, and how often it is saved.
+_FREE = {
+    "output",
+    "tracking",
+    "project",
+    "checkpoint_minutes",
+    "data.data",
+    "data.images",
+    "data.features",
+    "encoder.weights",
+}
 _SETTINGS, _STATE, _HISTORY = "config.json", "training_state.safetensors", "training.json"
 _LOCK = ".lock"
 
@@ -53,6 +62,10 @@ class History:
     seconds: float = 0.0  # spent in training and validation
     run_id: str | None = None  # of Weights & Biases
     epochs: list[dict[str, float]] = field(default_factory=list)  # losses and scores of each
+    epoch_step: int = 0  # steps taken in the unfinished epoch
+    loss_sum: float = 0.0  # of all words in those steps; of several processes, the first one's
+    loss_words: float = 0.0  # number of those words
+    processes: int = 1  # that share an epoch
 
     def __post_init__(self) -> None:
         """Refuse numbers that contradict each other, as of a file that was edited by hand.
@@ -60,7 +73,7 @@ class History:
         Raises:
             CaptionerError: there are some.
         """
-        for name in ("epoch", "step", "seconds"):
+        for name in ("epoch", "step", "seconds", "epoch_step", "loss_words"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise CaptionerError(f"{name} is {getattr(self, name)}; expected 0 or more")
         if len(self.epochs) != self.epoch:
@@ -69,6 +82,8 @@ class History:
             raise CaptionerError(f"the best of {self.epoch} epochs is {self.best_epoch}, with {self.best_cider}")
         if not all(math.isfinite(value) for record in self.epochs for value in record.values()):
             raise CaptionerError("epochs holds numbers that are not finite")
+        if not math.isfinite(self.loss_sum):
+            raise CaptionerError(f"loss_sum is {self.loss_sum}; expected a finite number")
 
 
 def as_json(config: Settings) -> dict[str, Any]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from captioner import files
 
 if TYPE_CHECKING:
     import wandb
@@ -17,8 +21,19 @@ log = logging.getLogger(__name__)
 class Tracker:
     """A run of Weights & Biases; without one, all reports are dropped."""
 
-    def __init__(self, run: wandb.Run | None) -> None:
-        self._run = run
+    def __init__(self, run: wandb.Run | None, reported: Path | None = None) -> None:
+        """Report to a run.
+
+        Args:
+            run: None drops all reports.
+            reported: file that keeps the last step reported of each group of charts. A run that goes on from an earlier
+                step computes the same numbers again, which are then not reported a second time.
+        """
+        self._run, self._file = run, reported
+        self._reported: dict[str, int] = {}
+        with contextlib.suppress(OSError, ValueError):  # there is none yet, or it is damaged
+            if reported is not None:
+                self._reported = {str(group): int(step) for group, step in json.loads(reported.read_text()).items()}
 
     @classmethod
     def start(cls, folder: Path, project: str, config: Mapping[str, Any], run_id: str | None) -> Tracker:
@@ -63,7 +78,10 @@ class Tracker:
             log.info("Weights & Biases: offline; upload this run with `wandb login` and `wandb sync %s`", kept)
         elif mode == "online":
             log.info("Weights & Biases: %s", run.url)
-        return cls(run)
+        reported = folder / "wandb" / "reported.json"
+        if run_id is None:
+            reported.unlink(missing_ok=True)
+        return cls(run, reported)
 
     @property
     def run_id(self) -> str | None:
@@ -77,7 +95,8 @@ class Tracker:
             step: of the optimiser, from 1.
             values: number by name; a slash groups them in charts.
         """
-        if self._run is not None:
+        group = next(iter(values), "").partition("/")[0]
+        if self._run is not None and self._is_new(group, step):
             self._run.log({**values, "step": step})
 
     def samples(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -88,7 +107,7 @@ class Tracker:
             columns: names; the values of the one called "photo" are pixels, `(height, width, 3)`, 0 to 255.
             rows: a list of values each.
         """
-        if self._run is None:
+        if self._run is None or not self._is_new("samples", step):
             return
         import wandb
 
@@ -97,6 +116,16 @@ class Tracker:
         for row in rows:
             table.add_data(*row[:photo], wandb.Image(row[photo]), *row[photo + 1 :])
         self._run.log({"samples": table, "step": step})
+
+    def _is_new(self, group: str, step: int) -> bool:
+        """Whether this step of a group has not been reported; from now on, it has."""
+        if step <= self._reported.get(group, -1):
+            return False
+        self._reported[group] = step
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # at worst, a step is reported twice
+                files.write(self._file, json.dumps(self._reported), durable=False)
+        return True
 
     def abandon(self) -> None:
         """End the run as one that failed; a later start can go on with it."""

@@ -1,7 +1,7 @@
 """The training loop: captions and features -> checkpoints.
 
-The seed, the number of the epoch and the number of the process decide everything that is random in an epoch. So a run
-that is stopped and started again computes the same numbers as an uninterrupted one, and no generator's state is saved.
+The seed, the number of the step and the number of the process decide everything that is random in a step. So a run that
+is stopped and started again computes the same numbers as an uninterrupted one, and no generator's state is saved.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ import json
 import logging
 import math
 import os
+import signal
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -53,6 +56,7 @@ _THUMBNAIL = 224  # height and width of photos shown in Weights & Biases, in pix
 _FEW = 20  # validation photos; with fewer, their CIDEr tells little
 _SAMPLES = 8  # validation photos shown in Weights & Biases
 _LOG_EVERY = 20  # optimiser steps; reading the loss makes the device wait
+_CHUNK = 1024  # validation photos that are captioned between two looks for a signal to stop
 _LAST_SHARE = 0.01  # of the learning rate, at the end of a run
 
 
@@ -201,7 +205,9 @@ class Trainer:
         )
         self.vocabulary = vocabulary
         self.captioner = self._captioner()
-        self.history = History()
+        self.history = History(processes=accelerator.num_processes)
+        self._total = torch.zeros(2, device=accelerator.device, dtype=torch.float64)  # sum of losses, number of words
+        self._signal: int | None = None  # that asked this process to stop
         self.steps_an_epoch = self.train.steps(options.batch_size, accelerator.num_processes)
 
     def run(self) -> History:
@@ -222,7 +228,8 @@ class Trainer:
             tracker = Tracker.start(config.output, config.project, run.as_json(config), history.run_id)
         try:
             history.run_id = tracker.run_id or history.run_id
-            self._train(tracker)
+            with self._signals():
+                self._train(tracker)
         except BaseException:
             tracker.abandon()
             raise
@@ -241,12 +248,15 @@ class Trainer:
             log.warning(
                 "validation has %d photos: that is few to choose the best epoch by", len(self.data.val.examples)
             )
+        self._saved = time.monotonic()
+        self._began = self._saved - history.seconds
         while not self._finished():
-            began = time.monotonic()
             losses = self._epoch(tracker)
             captions, scores = self._validate()
             history.epoch += 1
-            history.seconds += time.monotonic() - began
+            history.epoch_step = 0
+            history.seconds = time.monotonic() - self._began
+            self._total.zero_()
             history.epochs.append({**losses, **scores})
             better = self._better(scores)
             if better:
@@ -269,11 +279,7 @@ class Trainer:
     def _epoch(self, tracker: Tracker) -> dict[str, float]:
         """One pass over the training captions."""
         accelerator, options, history = self.accelerator, self.config.optimisation, self.history
-        # Dropout of this epoch, on this process.
-        entropy = (self.config.seed, history.epoch, accelerator.process_index)
-        set_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
         self.network.train()
-        total = torch.zeros(2, device=accelerator.device, dtype=torch.float64)  # sum of losses, number of words
         batches = self.train.epoch(
             history.epoch,
             batch_size=options.batch_size,
@@ -281,11 +287,14 @@ class Trainer:
             rank=accelerator.process_index,
             processes=accelerator.num_processes,
             by_photo=self.data.encoder.trainable or self.reward is not None,
+            first=history.epoch_step,
         )
         with Progress(
             f"epoch {history.epoch + 1}", len(self.train), "captions", shown=accelerator.is_main_process
         ) as progress:
             for batch in batches:
+                entropy = (self.config.seed, history.step, accelerator.process_index)
+                torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
                 batch = batch.to(accelerator.device)
                 if options.mirror:
                     batch = _mirrored(batch)
@@ -298,8 +307,9 @@ class Trainer:
                 norm = accelerator.clip_grad_norm_(self.network.parameters(), options.gradient_clip)
                 self.optimiser.step()
                 history.step += 1
+                history.epoch_step += 1
                 words = len(batch.targets)
-                total += torch.stack((shown * words, torch.full_like(shown, words)))
+                self._total += torch.stack((shown * words, torch.full_like(shown, words)))
                 note = ""
                 if history.step % _LOG_EVERY == 0 or history.step == 1:
                     value = self._finite(float(shown))
@@ -314,7 +324,11 @@ class Trainer:
                         },
                     )
                 progress.advance(len(batch.lengths) * accelerator.num_processes, note)
-        loss_sum, word_count = accelerator.reduce(total, "sum")
+                if time.monotonic() - self._saved >= 60 * self.config.checkpoint_minutes:
+                    self._save_last()
+                if accelerator.num_processes == 1 or history.step % _LOG_EVERY == 0:
+                    self._stop_if_asked()
+        loss_sum, word_count = accelerator.reduce(self._total, "sum")
         return {"epoch": history.epoch + 1, "train_loss": self._finite(float(loss_sum / word_count))}
 
     def _loss(self, batch: Batch) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
@@ -348,7 +362,11 @@ class Trainer:
         if processes > 1:  # all use the running statistics of the first process, whose checkpoint is saved
             for buffer in self.network.buffers():
                 buffer.copy_(broadcast(buffer))
-        captions = describe(self.captioner, split.source, split.rows[rank::processes])
+        rows, captions = split.rows[rank::processes], []
+        for start in range(0, len(rows), _CHUNK):
+            if processes == 1:
+                self._stop_if_asked()
+            captions += describe(self.captioner, split.source, rows[start : start + _CHUNK])
         if processes > 1:
             numbered = gather_object(list(zip(range(rank, len(split.rows), processes), captions, strict=True)))
             captions = [caption for _, caption in sorted(numbered, key=lambda pair: pair[0])]
@@ -359,6 +377,8 @@ class Trainer:
         for batch in self.val.epoch(
             0, batch_size=self.config.optimisation.batch_size, seed=0, by_photo=self.data.encoder.trainable
         ):
+            if processes == 1:
+                self._stop_if_asked()
             batch = batch.to(accelerator.device)
             logits = accelerator.unwrap_model(self.network)(batch)
             total += float(F.cross_entropy(logits, batch.targets, reduction="sum"))
@@ -410,9 +430,48 @@ class Trainer:
         tracker.samples(history.step, ("photo", "caption", "log-probability", "human captions"), rows)
 
     def _save(self, better: bool, captions: Sequence[Caption]) -> None:
-        history, output = self.history, self.config.output
+        """Save the checkpoints of a finished epoch."""
+        output = self.config.output
+        if better:
+            results = [
+                {"image_id": example.image_id, "caption": caption.text}
+                for example, caption in zip(self.data.val.examples, captions, strict=True)
+            ]
+            self.captioner.training = self._record()
+            self.captioner.save_pretrained(output / "best")
+            try:
+                files.write(output / "captions_val.json", json.dumps(results, indent=0) + "\n")
+            except OSError as error:
+                raise CheckpointError(
+                    f"{output / 'captions_val.json'}: cannot be written ({error.strerror}); make room and run again"
+                ) from None
+        self._save_last()
+
+    def _save_last(self) -> None:
+        """Save the model and all that is needed to go on with the next step. Only the first process writes."""
+        self._saved = time.monotonic()
+        if not self.accelerator.is_main_process:
+            return
+        history, network = self.history, self.accelerator.unwrap_model(self.network)
+        history.seconds = self._saved - self._began
+        history.loss_sum, history.loss_words = self._total.tolist()
+        self._finite(history.loss_sum)
+        if not all(bool(parameter.isfinite().all()) for parameter in network.parameters()):
+            self._finite(math.nan)
+        training = network.training
+        model = self._captioner()
+        network.train(training)
+        model.training = self._record()
+        with checkpoint.replacing(self.config.output / "last") as folder:
+            model.write(folder)
+            run.save_state(folder, history, self.optimiser)
+
+    def _record(self) -> dict[str, Any]:
+        """How the model came about, as its checkpoint says it."""
+        history = self.history
         names = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider")
-        self.captioner.training = {
+        scores = {name: history.epochs[-1][name] for name in names} if history.epochs else None
+        return {
             "data": self.data.name,
             "train_photos": len(self.data.train.examples),
             "val_photos": len(self.data.val.examples),
@@ -425,23 +484,44 @@ class Trainer:
             "epoch": history.epoch,
             "seed": self.config.seed,
             "seconds": round(history.seconds, 1),
-            "scores": {name: history.epochs[-1][name] for name in names},
+            # Inside an epoch, the model is no longer the one whose scores are known.
+            **({} if scores is None or history.epoch_step else {"scores": scores}),
         }
-        if better:
-            results = [
-                {"image_id": example.image_id, "caption": caption.text}
-                for example, caption in zip(self.data.val.examples, captions, strict=True)
-            ]
-            self.captioner.save_pretrained(output / "best")
-            try:
-                files.write(output / "captions_val.json", json.dumps(results, indent=0) + "\n")
-            except OSError as error:
-                raise CheckpointError(
-                    f"{output / 'captions_val.json'}: cannot be written ({error.strerror}); make room and run again"
-                ) from None
-        with checkpoint.replacing(output / "last") as folder:
-            self.captioner.write(folder)
-            run.save_state(folder, history, self.optimiser)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Note SIGTERM and Ctrl-C instead of stopping at once; a second one stops at once."""
+        if threading.current_thread() is not threading.main_thread():  # only that one may handle signals
+            yield
+            return
+        before: dict[int, Any] = {}
+
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        def note(number: int, _: FrameType | None) -> None:
+            self._signal = number
+            restore()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.getsignal(number) or signal.SIG_DFL
+            signal.signal(number, note)
+        try:
+            yield
+        finally:
+            restore()
+
+    def _stop_if_asked(self) -> None:
+        """Save and stop, if a signal asked for it. Several processes agree, so that none waits for one that stopped."""
+        if self.accelerator.num_processes > 1:
+            asked = self.accelerator.gather(torch.tensor([self._signal or 0], device=self.accelerator.device))
+            self._signal = int(asked.max()) or None
+        if self._signal is None:
+            return
+        self._save_last()
+        log.info("stopped after step %s, which is saved; the same command goes on", f"{self.history.step:,}")
+        raise KeyboardInterrupt if self._signal == signal.SIGINT else SystemExit(128 + self._signal)
 
     def _resume(self) -> None:
         """Go on from the last checkpoint, where there is one."""
@@ -474,7 +554,16 @@ class Trainer:
             self.history.epoch and not self.history.best_epoch
         ):
             raise CheckpointError(f"{last}: training.json lacks scores of an epoch; choose another --output")
-        log.info("%s: going on after epoch %d", last, self.history.epoch)
+        history, processes = self.history, self.accelerator.num_processes
+        if history.epoch_step and history.processes != processes:
+            raise CheckpointError(
+                f"{last}: was saved inside an epoch that {history.processes} processes share, and now there are "
+                f"{processes}; go on with {history.processes}"
+            )
+        history.processes = processes
+        if self.accelerator.is_main_process:
+            self._total += torch.tensor([history.loss_sum, history.loss_words], dtype=torch.float64).to(self._total)
+        log.info("%s: going on after epoch %d, step %s", last, history.epoch, f"{history.step:,}")
 
 
 def _build_vocabulary(data: Inputs, min_count: int) -> Vocabulary:
