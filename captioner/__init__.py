@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from captioner.bulk.pipeline import caption_photos
     from captioner.config import (
+        PRESETS,
         DataConfig,
         DecoderConfig,
         DecodingOptions,
@@ -27,14 +28,13 @@ if TYPE_CHECKING:
     from captioner.model import Caption, Captioner
     from captioner.networks.decoder import Decoder
     from captioner.networks.encoder import Encoder
-    from captioner.training.presets import PRESETS
     from captioner.training.trainer import train
     from captioner.vocabulary import Vocabulary
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "PRESETS": "training.presets",
+    "PRESETS": "config",
     "Annotations": "datasets.annotations",
     "Caption": "model",
     "Captioner": "model",

@@ -113,11 +113,7 @@ def _read(folder: Path) -> Checkpoint:
         stored = _value("encoder.stored", encoder.pop("stored"), bool)
         encoder_config = _settings(EncoderConfig, "encoder", encoder)
         decoder_config = _settings(DecoderConfig, "decoder", config["decoder"])
-        decoding = _settings(
-            DecodingOptions,
-            "decoding",
-            {k: v for k, v in config["decoding"].items() if k not in ("precision", "typical_p")},
-        )
+        decoding = _settings(DecodingOptions, "decoding", config["decoding"])
         hashes = config["sha256"]
         size = _value("vocabulary_size", config["vocabulary_size"], int)
         training = config["training"]

@@ -79,7 +79,6 @@ class Captioner:
         self.decoder.eval()
         self.options = options or DecodingOptions()
         self.training = dict(training or {})
-        self.precision: str = "auto"
         self._encoders: dict[str, PreparedEncoder] = {}  # by precision
         self._decoders: dict[str, PreparedDecoder] = {}
 
@@ -231,7 +230,7 @@ class Captioner:
         """
         if photos.dtype != torch.uint8:
             return photos
-        precision = self.precision
+        precision = (options or self.options).precision
         if precision not in self._encoders:
             self._encoders[precision] = PreparedEncoder(self.encoder, precision)
         return self._encoders[precision](photos)
@@ -282,9 +281,9 @@ class Captioner:
         return explain(self._ready(options), features, self.vocabulary, options)
 
     def _ready(self, options: DecodingOptions) -> PreparedDecoder:
-        if self.precision not in self._decoders:
-            self._decoders[self.precision] = PreparedDecoder(self.decoder, self.precision)
-        return self._decoders[self.precision]
+        if options.precision not in self._decoders:
+            self._decoders[options.precision] = PreparedDecoder(self.decoder, options.precision)
+        return self._decoders[options.precision]
 
 
 def find(model: str | Path) -> Path:

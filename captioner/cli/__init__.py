@@ -20,14 +20,15 @@ import tyro
 from captioner.cli import output
 from captioner.config import (
     FEATURE_SIZE,
+    PRESETS,
     DataConfig,
     DecodingOptions,
+    DistillationConfig,
     Statistics,
     TrainingConfig,
 )
 from captioner.errors import CaptionerError, ImageError
 from captioner.metrics.bridge import why_not
-from captioner.training.presets import DESCRIPTIONS, PRESETS
 
 if TYPE_CHECKING:
     from captioner.bulk.pipeline import Captioned
@@ -98,21 +99,6 @@ class CompactArguments:
 
 
 @dataclass(frozen=True)
-class TrainArguments(TrainingConfig):
-    """Everything that a training run depends on."""
-
-    data: Annotated[DataConfig, tyro.conf.arg(name="")]
-
-
-def _presets() -> dict[str, tuple[str, TrainArguments]]:
-    fields = [field.name for field in dataclasses.fields(TrainingConfig)]
-    return {
-        name: (DESCRIPTIONS[name], TrainArguments(**{field: getattr(preset, field) for field in fields}))
-        for name, preset in PRESETS.items()
-    }
-
-
-@dataclass(frozen=True)
 class _Unchecked(DecodingOptions):
     """Options as they are given: whether they can be meant depends on the others, which the model has."""
 
@@ -122,7 +108,7 @@ class _Unchecked(DecodingOptions):
 
 def train(arguments: Sequence[str] | None = None, prog: str = "train.py") -> int:
     """Train a model: `train.py PRESET [options]`."""
-    return _guarded(lambda: _train(tyro.extras.overridable_config_cli(_presets(), args=arguments, prog=prog)))
+    return _guarded(lambda: _train(tyro.extras.overridable_config_cli(PRESETS, args=arguments, prog=prog)))
 
 
 def caption(arguments: Sequence[str] | None = None, prog: str = "caption.py") -> int:
@@ -140,10 +126,16 @@ def compact(arguments: Sequence[str] | None = None, prog: str = "captioner compa
     return _guarded(lambda: _compact(tyro.cli(CompactArguments, args=arguments, prog=prog)))
 
 
+def distil(arguments: Sequence[str] | None = None, prog: str = "captioner distil") -> int:
+    """Train a CNN of this project: `captioner distil --data ... --teacher FILE --output DIR`."""
+    return _guarded(lambda: _distil(tyro.cli(DistillationConfig, args=arguments, prog=prog)))
+
+
 COMMANDS: dict[str, Callable[[Sequence[str] | None, str], int]] = {
     "caption": caption,
     "train": train,
     "evaluate": evaluate,
+    "distil": distil,
     "compact": compact,
 }
 
@@ -184,8 +176,11 @@ def _first_process() -> bool:
 
 
 def _train(config: TrainingConfig) -> int:
+    from captioner.datasets import shapes
     from captioner.training.trainer import train as run
 
+    if config.data.data == PRESETS["shapes"][1].data.data:
+        shapes.generate(config.data.data)
     history = run(config)
     best = history.epochs[history.best_epoch - 1]
     if _first_process():
@@ -196,10 +191,22 @@ def _train(config: TrainingConfig) -> int:
     return 0
 
 
+def _distil(config: DistillationConfig) -> int:
+    from recipes.mini.distillation import distil as run
+
+    history = run(config)
+    print(
+        f"{history.epoch} epochs: {history.epochs[-1]['explained']:.4f} of the teacher's variance explained; "
+        f"{history.seconds / 60:.1f} minutes; the CNN is in {config.output / 'encoder.safetensors'}"
+    )
+    return 0
+
+
 def _compact(chosen: CompactArguments) -> int:
     from captioner.model import Captioner
 
     captioner = Captioner.from_pretrained(chosen.model, encoder_weights=chosen.encoder_weights)
+    captioner.options = dataclasses.replace(captioner.options, precision="auto")
     captioner.save_pretrained(chosen.folder, packed=True)
     size = sum(path.stat().st_size for path in chosen.folder.iterdir())
     print(f"{chosen.folder}: {size / 1e6:.1f} MB")
@@ -373,11 +380,12 @@ def _check_evaluate(chosen: EvaluateArguments, results: Sequence[Path]) -> None:
 
 def _model_on_split(chosen: EvaluateArguments, arguments: Sequence[str] | None, prog: str) -> _Subject:
     """Caption a split with a model."""
-    from captioner.datasets.annotations import captions_sha256, load
-    from captioner.datasets.features import stored_features
+    from captioner.datasets.annotations import load
     from captioner.evaluation import caption_split
     from captioner.model import Captioner
     from captioner.scoring import references_of
+    from captioner.training.inputs import stored_features
+    from captioner.training.run import fingerprint
 
     assert chosen.model is not None
     assert chosen.data is not None
@@ -397,7 +405,7 @@ def _model_on_split(chosen: EvaluateArguments, arguments: Sequence[str] | None, 
     readable = [example for example in examples if example.image_id not in failures]
     known = [example for example in captions.examples if example.split == "train"]
     # Copies of training captions are counted where it is known that these were the ones, and they are not scored on.
-    counted = split != "train" and trained.get("train_sha256") == captions_sha256(known)
+    counted = split != "train" and trained.get("train_sha256") == fingerprint(known)
     return _Subject(
         captions,
         split,

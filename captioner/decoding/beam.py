@@ -215,7 +215,7 @@ class Sampling:
             likely = torch.zeros_like(likely).scatter_(1, kept.indices, kept.values)
         if options.top_p < 1:
             likely = _nucleus(likely, -likely, options.top_p)
-        if getattr(options, "typical_p", 1) < 1:
+        if options.typical_p < 1:
             surprise = -(likely / likely.sum(1, keepdim=True)).log()
             entropy = torch.special.entr(likely / likely.sum(1, keepdim=True)).sum(1, keepdim=True)
             likely = _nucleus(likely, (surprise - entropy).abs(), options.typical_p)

@@ -21,8 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from captioner.config import FEATURE_SIZE, Precision
-from captioner.networks.decoder import Decoder
-from captioner.networks.decoder import HiddenState as State
+from captioner.networks.decoder import Decoder, State
 
 Layer = Callable[[Tensor], Tensor]
 
