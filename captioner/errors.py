@@ -30,7 +30,17 @@ class AnnotationError(CaptionerError):
 
 
 class ImageError(CaptionerError):
-    """A file is not a photo that can be decoded."""
+    """A file is not a photo that can be decoded.
+
+    Attributes:
+        kind: the class of the fault, for lists of failures: "missing", "unreadable", "special" (a pipe or a device),
+            "not a photo", "damaged", "too large", "unsupported", "timeout" or "existing".
+    """
+
+    def __init__(self, message: str, kind: str = "unreadable") -> None:
+        """State the fault in one line."""
+        super().__init__(message)
+        self.kind = kind
 
 
 class WeightsError(CaptionerError):

@@ -20,7 +20,6 @@ from captioner import Captioner, checkpoint
 from captioner.checkpoint import CARD, CONFIG, TOKENIZER, WEIGHTS
 from captioner.config import DecodingOptions
 from captioner.errors import CheckpointError, ImageError, WeightsError
-from captioner.hub import model_card
 from captioner.networks import weights
 from captioner.networks.encoder import Encoder
 
@@ -275,7 +274,10 @@ def test_a_name_on_the_hub_is_downloaded(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert sentences(Captioner.from_pretrained("someone/dogs"), photos) == sentences(model, photos)
-    assert asked == [("someone/dogs", ["*.json", "*.safetensors", "README.md"])]  # no pickles, no code
+    ((name, patterns),) = asked
+    assert name == "someone/dogs"
+    assert {*FILES, "onnx/model.safetensors", "onnx/encoder_model.onnx"} <= {*patterns}
+    assert all(pattern.endswith((".json", ".safetensors", ".onnx", "README.md")) for pattern in patterns)  # no code
 
 
 @pytest.mark.parametrize(
@@ -360,45 +362,3 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, error: Ex
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub(error))
     with pytest.raises(CheckpointError, match=r"^me/dogs: cannot be uploaded \(No way\); see `hf auth login`"):
         make_model().push_to_hub("me/dogs")
-
-
-# The model card ----------------------------------------------------------------------------------------------------
-
-
-def test_the_card_tells_what_the_model_is(tmp_path: Path) -> None:
-    yaml = pytest.importorskip("yaml")
-    scores = {"bleu_4": 0.21349, "cider": 0.71}
-    model = make_model(options=DecodingOptions(beam_size=4), data="flickr8k", epoch=7, scores=scores)
-    model.training["seed"] = 3
-    model.save_pretrained(tmp_path / "model")
-    text = (tmp_path / "model" / CARD).read_text(encoding="utf-8")
-    match = re.match(r"---\n(.*?)\n---\n\n# ", text, re.DOTALL)
-    assert match is not None
-    front = yaml.safe_load(match[1])
-    assert front == {
-        "library_name": "captioner",
-        "pipeline_tag": "image-to-text",
-        "tags": ["image-captioning"],
-    }
-    for said in (
-        "| bleu_4 | 0.2135 |",
-        "| cider | 0.7100 |",
-        "(beam 4)",
-        "training data: flickr8k",
-        "epochs: 7, seed 3",
-        "`lstm`, 1 layer(s) of 16 units",
-        f"writes with {len(model.vocabulary)} words",
-        f"`tiny`, weights stored with the model, SHA-256 `{model.encoder.weights_sha256}`",
-    ):
-        assert said in text
-
-
-def test_the_card_of_a_model_that_nobody_trained(by_reference: tuple[Captioner, Path]) -> None:
-    _, path = by_reference
-    saved = checkpoint.read(path.parent / "model")
-    text = model_card(saved)
-    assert "Scores" not in text
-    assert f"`{path.name}`, by reference" in text
-    assert "(greedy search)" in model_card(
-        replace(saved, training={"scores": {"cider": 1.0}}, decoding=DecodingOptions(beam_size=1))
-    )

@@ -15,8 +15,8 @@ PACKAGE = ROOT / "captioner"
 #: From the bottom to the top: a module or sub-package imports from layers below its own.
 LAYERS = [
     {"errors", "files", "progress", "metrics"},
-    {"config"},
-    {"vocabulary", "images"},
+    {"config", "tensors"},
+    {"vocabulary", "images", "graphs"},
     {"decoding", "networks"},
     {"datasets"},
     {"checkpoint", "scoring"},

@@ -200,9 +200,7 @@ def _read(config: EncoderConfig) -> Mapping[str, Tensor]:
     if config.weights == "default" and config.name == "tiny":
         raise WeightsError("tiny has no pretrained weights; give a file, or train it: --encoder.weights random")
     if config.weights == "default" and config.name == "mini":
-        return weights.below(
-            "encoder.", weights.unpack(weights.read(weights.PRETRAINED / "mini" / "model.safetensors"))
-        )
+        return weights.packaged("mini")
     if config.weights == "default":
         return _download(config.name)
     path = Path(config.weights)

@@ -36,6 +36,7 @@ from captioner.datasets.batches import Batch, CaptionDataset
 from captioner.errors import CaptionerError, CheckpointError, ImageError, WeightsError
 from captioner.evaluation import describe
 from captioner.model import Caption, Captioner
+from captioner.networks import weights
 from captioner.networks.decoder import Decoder
 from captioner.networks.encoder import Encoder
 from captioner.networks.inference import has_fast_bf16
@@ -546,9 +547,9 @@ class Trainer:
                 f"{last}: was trained with other {encoder.config.name} weights ({saved.encoder_sha256[:12]}, "
                 f"not {encoder.weights_sha256[:12]}); give those with --encoder.weights, or choose another --output"
             )
-        checkpoint.fill(self.captioner.decoder, saved.decoder_state, str(last))
+        weights.fill(self.captioner.decoder, saved.decoder_state, str(last))
         if self.data.encoder.trainable:
-            checkpoint.fill(self.data.encoder.body, saved.encoder_state or {}, str(last))
+            weights.fill(self.data.encoder.body, saved.encoder_state or {}, str(last))
         self.history = run.load_state(last, self.optimiser)
         if not all({*_TRAINING, "val_loss", "cider"} <= record.keys() for record in self.history.epochs) or (
             self.history.epoch and not self.history.best_epoch

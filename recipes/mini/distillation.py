@@ -137,7 +137,7 @@ class Distiller:
         """Train to the end."""
         history, last = self.history, self.config.output / "last"
         if checkpoint.recover(last):
-            checkpoint.fill(self.student, weights.read(last / _STUDENT), str(last))
+            weights.fill(self.student, weights.read(last / _STUDENT), str(last))
             history = self.history = run.load_state(last, self.optimiser)
             log.info("%s: going on after epoch %d", last, history.epoch)
         while history.epoch < self.config.epochs:

@@ -52,7 +52,7 @@ def test_what_is_drawn_is_weighed_by_what_it_is_worth(model: Captioner, examples
     ends = [vocabulary.end in row for row in found.tokens.tolist()]
     assert any(ends)
     hypotheses = [
-        [vocabulary.tokenizer.id_to_token(index) for index in row[1:length]]
+        [vocabulary.word_of(index) for index in row[1:length]]
         for row, length in zip(found.tokens.tolist(), found.lengths.tolist(), strict=True)
     ]
     assert all("[end]" not in words[:-1] and "[pad]" not in words for words in hypotheses)

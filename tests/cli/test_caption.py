@@ -1,6 +1,4 @@
-"""The commands as they are typed: what they print, where, and with which status they end."""
-
-# ruff: noqa: F811
+"""`captioner caption` as it is typed: what it prints, where, and with which status it ends."""
 
 import json
 import os
@@ -12,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import data, isolated, make_model, make_photo, train_arguments  # noqa: F401
+from helpers import isolated, make_model, make_photo  # noqa: F401
 
 from captioner import Captioner, cli
 from captioner.cli.output import as_json
 from captioner.config import DecodingOptions
-from captioner.errors import CaptionerError
-from captioner.training import trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 SAVED = DecodingOptions(max_words=5, min_words=2, beam_size=2)
@@ -41,7 +37,7 @@ def photos(tmp_path: Path) -> list[Path]:
 
 
 def run(model: Path, *arguments: object) -> int:
-    return cli.caption([*map(str, arguments), "--model", str(model)])
+    return cli.run("caption", [*map(str, arguments), "--model", str(model)], "caption.py")
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -229,6 +225,18 @@ def test_no_photo_is_given(model: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert nothing in one_line(capsys)
 
 
+def test_a_name_that_begins_like_an_option(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_photo(tmp_path / "-dash.png")
+    monkeypatch.chdir(tmp_path)
+    assert run(model, "-dash.png") == 2
+    hint = "put -- before it: caption.py -- -dash.png"
+    assert one_line(capsys) == f"error: -dash.png: is a file whose name begins like an option; {hint}"
+    assert cli.run("caption", ["--model", str(model), "--", "-dash.png"]) == 0
+    assert capsys.readouterr().out == says(model, Path("-dash.png")) + "\n"
+
+
 def test_folders_and_files_that_are_not_there(
     model: Path, tmp_path: Path, photos: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -276,7 +284,7 @@ def test_an_option_overrides_the_models_own_and_the_others_stay(
     from captioner.bulk import pipeline
 
     used: list[DecodingOptions] = []
-    stream = bulk.caption_photos
+    stream = pipeline.caption_photos
 
     def note(captioner: Captioner, paths: Sequence[Path], options: DecodingOptions) -> Any:
         used.append(options)
@@ -323,70 +331,6 @@ def test_options_out_of_range(
     assert said in one_line(capsys)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("caption", "photo.jpg", "--no-such-option"),
-        ("caption", "photo.jpg", "--beam-size", "many"),
-        ("caption", "photo.jpg", "--format", "xml"),
-        ("evaluate", "--split", "all"),
-        ("train",),
-        ("train", "no-such-preset"),
-        ("train", "shapes", "--optimisation.learning-rate", "fast"),
-    ],
-)
-def test_what_cannot_be_parsed(
-    arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["captioner", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert caught.value.code == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err
-    assert "Traceback" not in captured.err
-
-
-def test_an_unknown_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["captioner", "describe"])
-    assert cli.main() == 2
-    assert capsys.readouterr().err == (
-        "captioner: 'describe' is no command; expected one of caption, train, evaluate, distil, compact\n"
-    )
-
-
-@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["-h"], 0), ([], 2)])
-def test_help(
-    arguments: list[str], status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["captioner", *arguments])
-    assert cli.main() == status
-    captured = capsys.readouterr()
-    for command in cli.COMMANDS:
-        assert command in captured.out
-
-
-@pytest.mark.parametrize(
-    ("command", "named"),
-    [
-        ("caption", ("--model", "--format", "--output", "--beam-size", "photos, or folders of photos")),
-        ("evaluate", ("--references", "--idf", "--per-image", "--statistics.resamples")),
-        ("train", ("coco", "flickr8k", "shapes")),
-    ],
-)
-def test_help_of_a_command(
-    command: str, named: Sequence[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["captioner", command, "--help"])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert not caught.value.code
-    text = capsys.readouterr().out
-    for name in named:
-        assert name in text
-
-
 def test_main_runs_a_command(
     model: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -409,64 +353,6 @@ def test_the_search_can_be_shown(model: Path, photos: list[Path], capsys: pytest
     assert "★ the caption" in captured.out
     assert run(model, photos[0], "--explain", "--output", "tree.txt") == 2
     assert "leave out --output" in capsys.readouterr().err
-
-
-# Training ----------------------------------------------------------------------------------------------------------
-
-
-def test_training_prints_where_the_model_is(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["captioner", "train", *train_arguments(data, tmp_path / "run")])
-    assert cli.main() == 0
-    text = capsys.readouterr().out
-    assert text.startswith("best epoch 1 of 1: validation BLEU-4 0.")
-    assert text.rstrip().endswith(f"the model is in {tmp_path / 'run' / 'best'}")
-    photo = next((data / "images").iterdir())
-    assert cli.caption([str(photo), "--model", str(tmp_path / "run")]) == 0
-    assert capsys.readouterr().out.strip()
-
-
-def test_training_that_is_not_possible(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.train(train_arguments(tmp_path / "nothing", tmp_path / "run")) == 2
-    assert "nothing: is not there; give a caption file or the folder of a data set" in one_line(capsys)
-    assert cli.train([*train_arguments(data, tmp_path / "run"), "--optimisation.epochs", "0"]) == 2
-    assert "optimisation.epochs is 0; expected 1 or more" in one_line(capsys)
-    assert not (tmp_path / "run" / "best").exists()
-
-
-def test_the_shapes_are_drawn_on_the_spot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from captioner.datasets import shapes
-
-    drawn: list[Path] = []
-    monkeypatch.setattr(shapes, "generate", drawn.append)
-    monkeypatch.setattr(trainer, "train", lambda config: (_ for _ in ()).throw(CaptionerError("enough")))
-    assert cli.train(["shapes", "--output", str(tmp_path / "run")]) == 2
-    assert cli.train(["shapes", "--data", str(tmp_path), "--output", str(tmp_path / "run")]) == 2
-    assert drawn == [Path("data/shapes")]
-
-
-def test_an_interruption_is_one_line(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(trainer.Trainer, "_epoch", interrupt)
-    assert cli.train(train_arguments(data, tmp_path / "run")) == 130
-    assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted; what was saved is kept")
-
-
-def test_only_the_first_of_several_processes_speaks(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = train_arguments(data, tmp_path / "run")
-    assert cli.train(arguments) == 0
-    assert capsys.readouterr().out
-    monkeypatch.setenv("RANK", "1")
-    assert cli._first_process() is False
-    monkeypatch.setenv("RANK", "0")
-    assert cli._first_process() is True
 
 
 # As a process ------------------------------------------------------------------------------------------------------
