@@ -242,7 +242,7 @@ def test_folders_and_files_that_are_not_there(
 ) -> None:
     (tmp_path / "empty").mkdir()
     assert run(model, photos[0], tmp_path / "empty") == 2
-    assert f"{tmp_path}/empty: no photo in this folder; expected files ending in .bmp, .gif" in one_line(capsys)
+    assert f"{tmp_path}/empty: no photo in this folder; expected files ending in .avif, .bmp" in one_line(capsys)
     assert run(model, tmp_path / "nothing.jpg", photos[0]) == 2
     assert f"{tmp_path}/nothing.jpg: no such file or folder" in one_line(capsys)
     assert run(model, "https://example.org/a.jpg") == 2
@@ -265,9 +265,9 @@ def test_weights_of_the_encoder_may_be_elsewhere(
 
     model = make_model()
     here, there = tmp_path / "here.safetensors", tmp_path / "there.safetensors"
-    state = {name: tensor.contiguous() for name, tensor in model.encoder.body.state_dict().items()}
+    state = {name: tensor.contiguous() for name, tensor in model.engine.encoder.body.state_dict().items()}
     save_file(state, here)
-    make_model(replace(model.encoder.config, weights=str(here))).save_pretrained(tmp_path / "model")
+    make_model(replace(model.engine.encoder.config, weights=str(here))).save_pretrained(tmp_path / "model")
     here.rename(there)
     assert run(tmp_path / "model", photos[0]) == 2
     assert "here.safetensors: no such weight file for tiny" in one_line(capsys)
