@@ -69,7 +69,7 @@ class TorchDecoder:
         self._decoder = _inferring(decoder, self.device, self.dtype)
         # Rounded logits would often be equal; the bias, added afterwards in fp32, keeps words apart.
         self._bias = decoder.output.bias.detach().to(self.device, torch.float32)
-        self._decoder.output.bias = None
+        self._decoder.output.register_parameter("bias", None)
 
     @torch.inference_mode()
     def start(self, features: Floats) -> State:
@@ -94,7 +94,8 @@ class TorchDecoder:
     @torch.inference_mode()
     def step_all(self, tokens: Integers, parents: Integers, state: State) -> tuple[Floats, State]:
         """See `StepModel.step_all`."""
-        logprob, state = self._following(*self._sent(tokens, parents), state)
+        tokens_there, parents_there = self._sent(tokens, parents)
+        logprob, state = self._following(tokens_there, parents_there, state)
         return logprob.cpu().numpy(), state
 
     def _following(self, tokens: Tensor, parents: Tensor, state: State) -> tuple[Tensor, State]:
@@ -105,7 +106,7 @@ class TorchDecoder:
 
     def _sent(self, *arrays: Integers) -> Sequence[Tensor]:
         """Arrays on the device, by one copy."""
-        return torch.from_numpy(np.concatenate(arrays)).to(self.device).split([len(array) for array in arrays])
+        return torch.split(torch.from_numpy(np.concatenate(arrays)).to(self.device), [len(array) for array in arrays])
 
     def _rounded(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)

@@ -23,7 +23,7 @@ from captioner.datasets.batches import Batch
 from captioner.decoding.search import decode
 from captioner.metrics import CiderD
 from captioner.networks.decoder import Decoder
-from captioner.networks.inference import PreparedDecoder
+from captioner.networks.inference import TorchDecoder
 from captioner.vocabulary import Vocabulary
 
 _DRAWN = 5  # captions a photo
@@ -81,7 +81,7 @@ class Reward:
         """
         vocabulary = self._vocabulary
         options = replace(self._options, seed=seed)
-        found = decode(PreparedDecoder(decoder, self._precision), features, vocabulary, options)
+        found = decode(TorchDecoder(decoder, self._precision), features.float().cpu().numpy(), vocabulary, options)
         captions = [[*one.tokens, *([vocabulary.end] if one.finished else [])] for some in found for one in some]
         rows = [row for row in batch.rows.tolist() for _ in range(_DRAWN)]
         scores = self._cider(rows, captions).reshape(-1, _DRAWN)
