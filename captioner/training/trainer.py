@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,14 +34,13 @@ from captioner.config import DataConfig, DecoderConfig, EncoderConfig, TrainingC
 from captioner.datasets.annotations import captions_sha256
 from captioner.datasets.batches import Batch, CaptionDataset
 from captioner.errors import CaptionerError, CheckpointError, ImageError, WeightsError
-from captioner.evaluation import describe
+from captioner.evaluation import caption_rows, references_of
 from captioner.model import Caption, Captioner
 from captioner.networks import weights
 from captioner.networks.decoder import Decoder
 from captioner.networks.encoder import Encoder
-from captioner.networks.inference import has_fast_bf16
+from captioner.networks.inference import TorchEngine, has_fast_bf16
 from captioner.progress import Progress
-from captioner.scoring import references_of
 from captioner.training import run
 from captioner.training.inputs import Inputs, load_inputs
 from captioner.training.presets import PRESETS
@@ -116,7 +115,15 @@ def train(config: TrainingConfig) -> History:
         return Trainer(config, load_inputs(config, accelerator, state), accelerator, start).run()
 
 
-def _load_start(config: TrainingConfig) -> Captioner:
+class Start(NamedTuple):
+    """The parts of a saved model that a run begins with."""
+
+    encoder: Encoder
+    decoder: Decoder
+    vocabulary: Vocabulary
+
+
+def _load_start(config: TrainingConfig) -> Start:
     """Load the model to begin with.
 
     Raises:
@@ -124,11 +131,14 @@ def _load_start(config: TrainingConfig) -> Captioner:
     """
     assert config.start is not None
     try:
-        start = Captioner.from_pretrained(config.start, device="cpu")
+        model = Captioner.from_pretrained(config.start, engine="torch", device="cpu")
     except WeightsError:
         if config.encoder.weights == "default":
             raise
-        start = Captioner.from_pretrained(config.start, encoder_weights=config.encoder.weights, device="cpu")
+        weights_file = config.encoder.weights
+        model = Captioner.from_pretrained(config.start, engine="torch", device="cpu", encoder_weights=weights_file)
+    assert isinstance(model.engine, TorchEngine)
+    start = Start(model.engine.encoder, model.engine.decoder, model.vocabulary)
     # Settings that are a preset's, or the default, were not asked for: they are replaced by those of the model.
     pairs: list[tuple[str, Any, Any, list[Any]]] = [
         ("encoder", config.encoder, start.encoder.config, [EncoderConfig(), *(p.encoder for p in PRESETS.values())]),
@@ -166,7 +176,7 @@ class Trainer:
     """The state of a run and the loop over it."""
 
     def __init__(
-        self, config: TrainingConfig, data: Inputs, accelerator: Accelerator, start: Captioner | None = None
+        self, config: TrainingConfig, data: Inputs, accelerator: Accelerator, start: Start | None = None
     ) -> None:
         """Build the model and the optimiser.
 
@@ -367,7 +377,7 @@ class Trainer:
         for start in range(0, len(rows), _CHUNK):
             if processes == 1:
                 self._stop_if_asked()
-            captions += describe(self.captioner, split.source, rows[start : start + _CHUNK])
+            captions += caption_rows(self.captioner, split.source, rows[start : start + _CHUNK])
         if processes > 1:
             numbered = gather_object(list(zip(range(rank, len(split.rows), processes), captions, strict=True)))
             captions = [caption for _, caption in sorted(numbered, key=lambda pair: pair[0])]
@@ -389,9 +399,8 @@ class Trainer:
     def _captioner(self) -> Captioner:
         """The model with the present weights; it captions in fp32."""
         network = self.accelerator.unwrap_model(self.network)
-        captioner = Captioner(self.data.encoder, network.decoder, self.vocabulary, self.config.decoding)
-        captioner.precision = "fp32"
-        return captioner
+        engine = TorchEngine(self.data.encoder, network.decoder, "fp32", self.accelerator.device)
+        return Captioner(engine, self.vocabulary, self.config.decoding)
 
     def _schedule(self, step: int) -> float:
         """Share of the learning rate at a step."""
@@ -426,7 +435,7 @@ class Trainer:
         rows = []
         for example, caption in pairs[:: max(1, len(pairs) // _SAMPLES)][:_SAMPLES]:
             with contextlib.suppress(ImageError):  # the photo has gone meanwhile: the table does without it
-                pixels = images.load(example.path, _THUMBNAIL).permute(1, 2, 0).numpy()
+                pixels = images.load(example.path, _THUMBNAIL).transpose(1, 2, 0)
                 rows.append((pixels, caption.text, caption.logprob, "\n".join(example.captions)))
         tracker.samples(history.step, ("photo", "caption", "log-probability", "human captions"), rows)
 
@@ -459,9 +468,7 @@ class Trainer:
         self._finite(history.loss_sum)
         if not all(bool(parameter.isfinite().all()) for parameter in network.parameters()):
             self._finite(math.nan)
-        training = network.training
         model = self._captioner()
-        network.train(training)
         model.training = self._record()
         with checkpoint.replacing(self.config.output / "last") as folder:
             model.write(folder)
@@ -547,7 +554,7 @@ class Trainer:
                 f"{last}: was trained with other {encoder.config.name} weights ({saved.encoder_sha256[:12]}, "
                 f"not {encoder.weights_sha256[:12]}); give those with --encoder.weights, or choose another --output"
             )
-        weights.fill(self.captioner.decoder, saved.decoder_state, str(last))
+        weights.fill(self.accelerator.unwrap_model(self.network).decoder, saved.decoder_state, str(last))
         if self.data.encoder.trainable:
             weights.fill(self.data.encoder.body, saved.encoder_state or {}, str(last))
         self.history = run.load_state(last, self.optimiser)

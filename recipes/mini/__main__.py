@@ -41,7 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name == "distil":
             from recipes.mini.distillation import distil
 
-            distil(tyro.cli(_Distil, args=rest, prog=prog))
+            config = tyro.cli(_Distil, args=rest, prog=prog)
+            history = distil(config)
+            print(
+                f"{history.epoch} epochs: {history.epochs[-1]['explained']:.4f} of the teacher's variance explained; "
+                f"{history.seconds / 60:.1f} minutes; the CNN is in {config.output / 'encoder.safetensors'}"
+            )
         else:
             from captioner.training.trainer import train
 

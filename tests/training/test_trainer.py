@@ -27,6 +27,7 @@ from captioner.config import DataConfig, TrainingConfig
 from captioner.datasets import shapes
 from captioner.datasets.annotations import load, load_dataset
 from captioner.errors import CaptionerError, CheckpointError
+from captioner.networks.encoder import Encoder
 from captioner.training import run as run_folder
 from captioner.training import trainer
 from captioner.training.presets import PRESETS
@@ -56,6 +57,11 @@ def scores_in_order(monkeypatch: pytest.MonkeyPatch, *cider: float) -> None:
     said = iter(cider)
     names = [name for name in metrics.METRICS if name != "cider"]
     monkeypatch.setattr(metrics, "score", lambda *_: {**dict.fromkeys(names, 0.1), "cider": next(said)})
+
+
+def load_model(run: Path) -> Captioner:
+    """The best model of a run, with the arithmetic of validation."""
+    return Captioner.from_pretrained(run, engine="torch", precision="fp32")
 
 
 def everything_learnt(run: Path) -> dict[str, Any]:
@@ -124,7 +130,7 @@ def test_the_best_model_writes_the_captions_that_were_scored(finished: tuple[Tra
     config, history = finished
     results = json.loads((config.output / "captions_val.json").read_text())
     examples = load(config.data.data).split("val")
-    model = Captioner.from_pretrained(config.output)
+    model = load_model(config.output)
     assert [row["image_id"] for row in results] == [example.image_id for example in examples]
     assert [row["caption"] for row in results] == [model.caption(example.path).text for example in examples]
     scores = metrics.score(
@@ -160,10 +166,10 @@ def test_the_encoder_learns_where_it_may(data: Path, tmp_path: Path) -> None:
     assert history.epochs[-1]["train_loss"] < history.epochs[0]["train_loss"]
     assert not (tmp_path / "features").exists()
     states = [load_file(tmp_path / "run" / name / "model.safetensors") for name in ("best", "last")]
-    untrained = Captioner.from_pretrained(tmp_path / "run").encoder.__class__(config.encoder).body.state_dict()
+    untrained = Encoder(config.encoder).body.state_dict()
     assert all(not torch.equal(states[1][f"encoder.{name}"], untrained[name]) for name in untrained)
     results = json.loads((tmp_path / "run" / "captions_val.json").read_text())
-    model = Captioner.from_pretrained(tmp_path / "run")
+    model = load_model(tmp_path / "run")
     assert [row["caption"] for row in results] == [
         model.caption(example.path).text for example in load(data).split("val")
     ]
@@ -221,7 +227,7 @@ def test_killed_and_started_again(data: Path, tmp_path: Path) -> None:
     assert process.wait() == -signal.SIGKILL
     saved = json.loads((tmp_path / "parts" / "last" / "training.json").read_text())["epoch"]
     assert 1 <= saved < 40
-    assert cli.train(parts) == cli.train(whole) == 0
+    assert cli.run("train", parts) == cli.run("train", whole) == 0
     assert_same(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -495,7 +501,7 @@ def test_the_epoch_with_the_best_cider_is_kept(
     assert (best.training["epoch"], last.training["epoch"]) == (2, 4)
     assert best.training["scores"]["cider"] == 0.4
     results = json.loads((tmp_path / "run" / "captions_val.json").read_text())
-    model = Captioner.from_pretrained(tmp_path / "run")
+    model = load_model(tmp_path / "run")
     assert [row["caption"] for row in results] == [model.caption(e.path).text for e in load(data).split("val")]
 
 
@@ -580,7 +586,7 @@ def test_a_disk_that_fills_while_saving(
 
         patch.setattr(checkpoint, "write", fail_to_save)
         patch.setattr(files, "write", fail_to_write)
-        assert cli.train(arguments) == 2
+        assert cli.run("train", arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert "No space left on device" in error
@@ -589,7 +595,7 @@ def test_a_disk_that_fills_while_saving(
     Captioner.from_pretrained(tmp_path / "run")
     with monkeypatch.context() as patch:
         scores_in_order(patch, 0.2, 0.3)
-        assert cli.train(arguments) == 0
+        assert cli.run("train", arguments) == 0
     assert "best epoch 3 of 3" in capsys.readouterr().out
 
 
@@ -611,7 +617,7 @@ def test_a_photo_that_cannot_be_read_is_left_out(tmp_path: Path, caplog: pytest.
         train(config)
     for example in bad:
         assert f"left out: {example.path}: not a photo" in caplog.text
-    model = Captioner.from_pretrained(tmp_path / "run")
+    model = load_model(tmp_path / "run")
     assert (model.training["train_photos"], model.training["val_photos"]) == (11, 3)
     results = json.loads((tmp_path / "run" / "captions_val.json").read_text())
     kept = [example for example in examples.split("val") if example not in bad]
@@ -694,7 +700,7 @@ def test_two_processes_train_one_model(data: Path, tmp_path: Path) -> None:
         "        [e['val_loss'] for e in history.epochs]], open(path, 'w'))\n"
         "    return history\n"
         "trainer.Trainer.run = note\n"
-        "sys.exit(cli.train(sys.argv[1:]))\n"
+        "sys.exit(cli.run('train', sys.argv[1:]))\n"
     )
     began = time.monotonic()
     done = subprocess.run(
@@ -717,5 +723,5 @@ def test_two_processes_train_one_model(data: Path, tmp_path: Path) -> None:
     assert done.stdout.count("best epoch") == 1
     assert done.stderr.count("epoch 1: loss") == 1
     results = json.loads((tmp_path / "run" / "captions_val.json").read_text())
-    model = Captioner.from_pretrained(tmp_path / "run")
+    model = load_model(tmp_path / "run")
     assert [row["caption"] for row in results] == [model.caption(e.path).text for e in load(data).split("val")]
