@@ -188,7 +188,8 @@ class Trainer:
         """
         self.config, self.data, self.accelerator = config, data, accelerator
         options = config.optimisation
-        vocabulary = start.vocabulary if start else _build_vocabulary(data, config.min_count)
+        captions = (caption for example in data.train.examples for caption in example.captions)
+        vocabulary = start.vocabulary if start else Vocabulary.build(captions, config.min_count)
         self.train, self.val = (
             CaptionDataset(split.examples, vocabulary, split.source, split.rows, config.max_words)
             for split in (data.train, data.val)
@@ -572,17 +573,6 @@ class Trainer:
         if self.accelerator.is_main_process:
             self._total += torch.tensor([history.loss_sum, history.loss_words], dtype=torch.float64).to(self._total)
         log.info("%s: going on after epoch %d, step %s", last, history.epoch, f"{history.step:,}")
-
-
-def _build_vocabulary(data: Inputs, min_count: int) -> Vocabulary:
-    captions = [caption for example in data.train.examples for caption in example.captions]
-    vocabulary = Vocabulary.build(captions, min_count)
-    if len(vocabulary) == len({vocabulary.pad, vocabulary.start, vocabulary.end, vocabulary.unk}):
-        raise CaptionerError(
-            f"min_count is {min_count}, and no word of the {len(captions):,} training captions comes that often; "
-            "lower --min-count"
-        )
-    return vocabulary
 
 
 def _mirrored(batch: Batch) -> Batch:

@@ -123,7 +123,7 @@ def test_the_loss_falls(finished: tuple[TrainingConfig, History]) -> None:
     assert abs(losses[0] - np.log(27)) < 0.3  # at first it knows nothing
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0] - 0.5
-    assert history.epochs[-1]["val_loss"] < history.epochs[0]["val_loss"] - 0.5
+    assert history.epochs[-1]["val_loss"] < history.epochs[0]["val_loss"] - 0.4
 
 
 def test_the_best_model_writes_the_captions_that_were_scored(finished: tuple[TrainingConfig, History]) -> None:
@@ -403,7 +403,9 @@ def test_leftovers_of_killed_runs_are_swept(data: Path, tmp_path: Path) -> None:
 
 def test_words_that_are_all_too_rare(data: Path, tmp_path: Path) -> None:
     config = replace(make_config(data, tmp_path / "run"), min_count=100_000)
-    with pytest.raises(CaptionerError, match="min_count is 100000, and no word of the 60 training captions comes that"):
+    with pytest.raises(
+        CaptionerError, match=r"no word of the captions is seen 100,000 times .*; give a lower --min-count"
+    ):
         train(config)
 
 
@@ -574,7 +576,7 @@ def test_a_disk_that_fills_while_saving(
         scores_in_order(patch, 0.1, 0.2, 0.3)
         save, write_text = checkpoint.write, files.write
 
-        def fail_to_save(folder: Path, saved: checkpoint.Checkpoint, card: str, *, packed: bool) -> None:
+        def fail_to_save(folder: Path, saved: checkpoint.Checkpoint, card: str, *, packed: bool = False) -> None:
             if saved.training["epoch"] == 2 and fails in folder.name:
                 raise full
             save(folder, saved, card, packed=packed)
