@@ -28,6 +28,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError, _imaging
 
 from captioner.errors import ImageError
+from captioner.machine import processors
 
 log = logging.getLogger(__name__)
 
@@ -258,15 +259,6 @@ def no_photo(folder: Path) -> ImageError:
     """The error of a folder that holds no photo."""
     endings = ", ".join(sorted(EXTENSIONS))
     return ImageError(f"{folder}: no photo in this folder; expected files ending in {endings}")
-
-
-def processors() -> int:
-    """Processors that this process may use: those of its container or affinity, not those of the machine."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        count = min(count, max(1, round(int(quota) / int(period))))  # "max" is no number: no limit
-    return count
 
 
 class Photos:

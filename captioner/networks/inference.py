@@ -18,7 +18,7 @@ from torch.fx.experimental.optimization import fuse
 
 from captioner.config import Precision
 from captioner.decoding.step import Floats, Integers, Likeliest
-from captioner.networks.decoder import Decoder, State
+from captioner.networks.decoder import Decoder, HiddenState
 from captioner.networks.encoder import Encoder
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -72,7 +72,7 @@ class TorchDecoder:
         self._decoder.output.register_parameter("bias", None)
 
     @torch.inference_mode()
-    def start(self, features: Floats) -> State:
+    def start(self, features: Floats) -> HiddenState:
         """See `StepModel.start`; the state is that of `Decoder`."""
         with self._rounded():
             there = torch.from_numpy(np.ascontiguousarray(features, np.float32)).to(self.device)
@@ -80,8 +80,8 @@ class TorchDecoder:
 
     @torch.inference_mode()
     def step(
-        self, tokens: Integers, parents: Integers, state: State, count: int, named: Integers
-    ) -> tuple[Likeliest, State]:
+        self, tokens: Integers, parents: Integers, state: HiddenState, count: int, named: Integers
+    ) -> tuple[Likeliest, HiddenState]:
         """See `StepModel.step`."""
         tokens_there, parents_there, named_there = self._sent(tokens, parents, named)
         logprob, state = self._following(tokens_there, parents_there, state)
@@ -92,13 +92,13 @@ class TorchDecoder:
         return Likeliest(values, words.astype(np.int64), known), state
 
     @torch.inference_mode()
-    def step_all(self, tokens: Integers, parents: Integers, state: State) -> tuple[Floats, State]:
+    def step_all(self, tokens: Integers, parents: Integers, state: HiddenState) -> tuple[Floats, HiddenState]:
         """See `StepModel.step_all`."""
         tokens_there, parents_there = self._sent(tokens, parents)
         logprob, state = self._following(tokens_there, parents_there, state)
         return logprob.cpu().numpy(), state
 
-    def _following(self, tokens: Tensor, parents: Tensor, state: State) -> tuple[Tensor, State]:
+    def _following(self, tokens: Tensor, parents: Tensor, state: HiddenState) -> tuple[Tensor, HiddenState]:
         """Log-probabilities of all words, `(rows, vocabulary)`, in fp32, and the next state."""
         with self._rounded():
             logits, state = self._decoder.step(tokens, tuple(part.index_select(1, parents) for part in state))

@@ -123,7 +123,7 @@ class Views:
     scale: float
 
 
-def prepare(
+def cut_views(
     folder: Path, teacher: Teacher, paths: Sequence[Path], *, views: int, size: int, seed: int, shown: bool = True
 ) -> Views:
     """Cut views out of photos and note what the teacher sees; goes on where an earlier run was stopped.

@@ -13,13 +13,14 @@ from helpers import isolated, make_data, make_photo  # noqa: F401
 from safetensors.torch import load_file
 from test_teacher import Colours
 
-from captioner import cli
-from captioner.config import DataConfig, DistillationConfig, EncoderConfig
+from captioner.config import DataConfig, EncoderConfig
 from captioner.datasets.annotations import load
 from captioner.errors import CaptionerError, CheckpointError
 from captioner.networks.encoder import Encoder
 from recipes.mini import distillation
+from recipes.mini.__main__ import main
 from recipes.mini.distillation import Distiller, _augment, _mix, distil
+from recipes.mini.presets import DistillationConfig
 from recipes.mini.teacher import Views
 
 
@@ -102,7 +103,7 @@ def test_other_settings_need_another_folder(pictures: Path, tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match=r"holds a run with other settings: learning_rate was 0\.002, now 0\.1"):
         distil(replace(config, learning_rate=0.1))
     (tmp_path / "config.json").write_text('{"optimisation": {}}')
-    with pytest.raises(CheckpointError, match=r"config\.json: is not of a run of this kind; choose another --output"):
+    with pytest.raises(CheckpointError, match=r"config\.json: not the settings of a run .*; choose another --output"):
         distil(config)
 
 
@@ -190,9 +191,9 @@ def test_the_command(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     arguments = (
         f"--data {pictures} --teacher t.tflite --output {tmp_path} --views 1 --view-size 32 --sizes 32 --epochs 1"
     )
-    assert cli.distil(arguments.split()) == 0
+    assert main(["distil", *arguments.split()]) == 0
     assert "1 epochs: " in (said := capsys.readouterr().out)
     assert said.endswith(f"the CNN is in {tmp_path / 'encoder.safetensors'}\n")
     assert json.loads((tmp_path / "config.json").read_text())["sizes"] == [32]
-    assert cli.distil([*arguments.split(), "--sizes", "64"]) == 2
+    assert main(["distil", *arguments.split(), "--sizes", "64"]) == 2
     assert "error: sizes are (64,); expected numbers from 32 to view_size, 32" in capsys.readouterr().err

@@ -42,7 +42,7 @@ def photos(folder: Path, count: int = 5) -> list[Path]:
 
 
 def prepare(folder: Path, paths: list[Path], seen: Any = None, **changes: Any) -> Views:
-    return teacher.prepare(folder, seen or Colours(), paths, **({"views": 3, "size": 32, "seed": 0} | changes))
+    return teacher.cut_views(folder, seen or Colours(), paths, **({"views": 3, "size": 32, "seed": 0} | changes))
 
 
 def test_the_first_view_is_the_whole_photo(tmp_path: Path) -> None:
