@@ -162,8 +162,8 @@ def walk(folder: str, *, recursive: bool = True, hidden: bool = False) -> Iterat
             try:
                 levels.append(iter(_entries(enter, searched)))
             except OSError as error:
-                said = f"{enter}: cannot be searched for photos ({error.strerror}); change its permissions, or leave it out"
-                yield enter, ImageError(said)
+                remedy = "change its permissions, or leave it out"
+                yield enter, ImageError(f"{enter}: cannot be searched for photos ({error.strerror}); {remedy}")
             enter = None
             continue
         entry = next(levels[-1], None)
