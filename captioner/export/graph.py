@@ -12,6 +12,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save
 
+from captioner.graphs import OPERATORS
+
 #: Version of ONNX's operators, and of the file format. onnxruntime 1.18 and later read both.
 _OPSET, _IR_VERSION = 17, 9
 #: Operators of onnxruntime that ONNX itself lacks: they multiply 8-bit matrices and add 8-bit maps.
@@ -97,6 +99,7 @@ class Graph:
         Returns:
             The name of its output, or a list of them.
         """
+        assert operator in OPERATORS[domain], f"{operator} is to be added to captioner.graphs.OPERATORS"
         names = [f"{operator}_{len(self._nodes)}_{number}" for number in range(outputs)]
         self._nodes.append(helper.make_node(operator, list(inputs), names, domain=domain, **attributes))
         return names[0] if outputs == 1 else names
