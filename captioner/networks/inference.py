@@ -51,6 +51,7 @@ class TorchDecoder:
     """A decoder as a `StepModel`, for photos whose features are known.
 
     In bf16 and fp16 the matrix products are rounded; cell states, the output layer's bias and the softmax are fp32.
+    torch promises no order of equally likely words.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class TorchDecoder:
         self.dtype = dtype_for(precision, self.device)
         self.vocabulary_size = decoder.vocabulary_size
         self._decoder = _inferring(decoder, self.device, self.dtype)
-        # Rounded logits would often be equal; the bias, added afterwards in fp32, keeps words apart.
+        # Rounded logits would often be equal; the bias, added in fp32 to the rounded product, keeps words apart.
         self._bias = decoder.output.bias.detach().to(self.device, torch.float32)
         self._decoder.output.register_parameter("bias", None)
 
