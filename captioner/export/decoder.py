@@ -43,7 +43,7 @@ class DecoderExport:
         self.exact = features is None
         self.ranges = {} if features is None else _ranges(decoder, features)
         for name, tensor in self.state.items():
-            if not self.exact and tensor.ndim < 2:  # training reads these back; matrices follow with their products
+            if tensor.ndim < 2:  # training reads these back too; matrices follow with their products
                 weights.add(_PREFIX + name, tensor)
 
     @property
