@@ -85,7 +85,7 @@ def _quieten() -> None:
 _quieten()
 
 
-def load(source: Source, size: int) -> Pixels:
+def load(source: Source, size: int, *, name: str | None = None) -> Pixels:
     """Decode a photo and resize it.
 
     Reads JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF and, with pillow-heif, HEIC; the first frame of an animation; greyscale,
@@ -94,6 +94,7 @@ def load(source: Source, size: int) -> Pixels:
     Args:
         source: a file's path or content, a binary file object, a PIL image, or an array `(height, width, 3)` of uint8.
         size: height and width of the result, in pixels.
+        name: of the photo in messages; by default its path, if it has one.
 
     Returns:
         RGB, channels first, 0 to 255, `(3, size, size)`.
@@ -102,10 +103,10 @@ def load(source: Source, size: int) -> Pixels:
         ImageError: the file is missing, not a photo, damaged or too large to decode safely, or the source is of
             another kind.
     """
-    name = str(source) if isinstance(source, str | Path) else "image in memory"
+    name = name or (str(source) if isinstance(source, str | Path) else "image in memory")
     try:
         if isinstance(source, str | Path):
-            with _open_file(source) as file:
+            with open_file(source) as file:
                 return _decode(file, name, size)
         if isinstance(source, bytes | bytearray | memoryview):
             return _decode(io.BytesIO(source), name, size)
@@ -116,24 +117,25 @@ def load(source: Source, size: int) -> Pixels:
         return _decode(_binary(source), name, size)
     except ImageError:
         raise
-    except FileNotFoundError:
-        raise ImageError(f"{name}: no such file; give the path of a photo", "missing") from None
-    except IsADirectoryError:
-        raise ImageError(f"{name}: is a folder; give the path of a photo", "special") from None
-    except PermissionError:
-        raise ImageError(f"{name}: may not be read; change its permissions") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise _too_large(name) from None
-    except MemoryError:
-        raise ImageError(
-            f"{name}: needs more memory than there is; make the photo smaller first", "too large"
-        ) from None
     except Exception as error:
-        # Pillow's decoders raise nearly anything on damaged files; the first line of their message is the useful one.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ImageError(
-            f"{name}: cannot be decoded ({reason}); the file is damaged or of an unknown kind", "damaged"
-        ) from None
+        raise _explained(error, name) from None
+
+
+def _explained(error: Exception, name: str) -> ImageError:
+    """An error of the file system or of a decoder in one line."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return ImageError(f"{name}: no such file; give the path of a photo", "missing")
+    if isinstance(error, IsADirectoryError):
+        return ImageError(f"{name}: is a folder; give the path of a photo", "special")
+    if isinstance(error, PermissionError):
+        return ImageError(f"{name}: may not be read; change its permissions")
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return _too_large(name)
+    if isinstance(error, MemoryError):
+        return ImageError(f"{name}: needs more memory than there is; make the photo smaller first", "too large")
+    # Pillow's decoders raise nearly anything on damaged files; the first line of their message is the useful one.
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return ImageError(f"{name}: cannot be decoded ({reason}); the file is damaged or of an unknown kind", "damaged")
 
 
 def walk(folder: str, *, recursive: bool = True, hidden: bool = False) -> Iterator[tuple[str, ImageError | None]]:
@@ -160,8 +162,8 @@ def walk(folder: str, *, recursive: bool = True, hidden: bool = False) -> Iterat
             try:
                 levels.append(iter(_entries(enter, searched)))
             except OSError as error:
-                reason = f"cannot be searched for photos ({error.strerror}); change its permissions, or leave it out"
-                yield enter, ImageError(f"{enter}: {reason}")
+                remedy = "change its permissions, or leave it out"
+                yield enter, ImageError(f"{enter}: cannot be searched for photos ({error.strerror}); {remedy}")
             enter = None
             continue
         entry = next(levels[-1], None)
@@ -173,10 +175,8 @@ def walk(folder: str, *, recursive: bool = True, hidden: bool = False) -> Iterat
         ending = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122 (a Path for each of a million names is slow)
         if entry.is_symlink() and (reason := _why_lost(entry)):
             if ending in EXTENSIONS or not ending:  # without an ending, it may have led to a folder of photos
-                yield (
-                    entry.path,
-                    ImageError(f"{entry.path}: is a link that leads nowhere ({reason}); mend or delete it", "missing"),
-                )
+                said = f"{entry.path}: is a link that leads nowhere ({reason}); mend or delete it"
+                yield entry.path, ImageError(said, "missing")
         elif _is_folder(entry):
             enter = entry.path if recursive else None
         elif ending in EXTENSIONS:
@@ -255,10 +255,25 @@ def is_folder(path: Path) -> bool:
         ) from None
 
 
-def no_photo(folder: Path) -> ImageError:
+def no_photo(folder: str | Path) -> ImageError:
     """The error of a folder that holds no photo."""
     endings = ", ".join(sorted(EXTENSIONS))
     return ImageError(f"{folder}: no photo in this folder; expected files ending in {endings}")
+
+
+def read(path: str | Path) -> bytes:
+    """The content of a photo's file.
+
+    Raises:
+        ImageError: it is missing, may not be read, or is no plain file.
+    """
+    try:
+        with open_file(path) as file:
+            return file.read()
+    except ImageError:
+        raise
+    except Exception as error:
+        raise _explained(error, str(path)) from None
 
 
 class Photos:
@@ -353,7 +368,7 @@ def _collect(start: int, photos: list[Future[Pixels]], size: int) -> PhotoBatch:
 # One photo
 
 
-def _open_file(path: str | Path) -> IO[bytes]:
+def open_file(path: str | Path) -> IO[bytes]:
     """Open a regular file; a pipe or a device is refused at once, where reading it could wait for ever."""
     at_once = getattr(os, "O_NONBLOCK", 0)
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | at_once))  # noqa: SIM115

@@ -90,7 +90,8 @@ class EncoderExport:
             self.values[node] = self.values[sources[0]]
         elif name in _ADD and len(sources) == 2:
             end = self._activated(node)
-            self._finish(node, end, self._add(graph, *(self.values[each] for each in sources), end))
+            one, other = (self.values[each] for each in sources)
+            self._finish(node, end, self._add(graph, one, other, end))
         elif name in _CAT:
             self.values[node] = self._cat(graph, [self.values[each] for each in sources], node)
         elif isinstance(module, nn.ReLU | nn.ReLU6) or name in _RELU:
@@ -149,11 +150,11 @@ class EncoderExport:
         rows = (weight.reshape(len(weight), -1) * factor[:, None]).reshape(weight.shape)
         if self.exact:
             folded = graph.weight(f"graph.{name}.weight", rows), graph.weight(f"graph.{name}.bias", bias)
-            x = self._real(graph, source)
+            real = self._real(graph, source)
             if isinstance(module, nn.Linear):
-                y = graph.node("Gemm", x, *folded, transB=1)
+                y = graph.node("Gemm", real, *folded, transB=1)
             else:
-                y = graph.node("Conv", x, *folded, **self._how(module, source))
+                y = graph.node("Conv", real, *folded, **self._how(module, source))
             self._finish(node, last, _Value(self._relu(graph, y, last) if last is not end else y, None))
             return
         stored, step = codes(rows)
@@ -164,15 +165,14 @@ class EncoderExport:
         if module.bias is not None:
             self.weights.add(f"{name}.bias", module.bias.detach().cpu().numpy())
         steps = graph.weight(f"graph.{name}.weight.step", step)
-        x = self._stored(graph, *self._as(source))
+        x = self._stored(graph, self.values[source], self.ranges[source].scale)
         assert x.scale is not None
         unit, zero = self._parameters(graph, x.scale)
         none = graph.constant(np.int8(0))
         if isinstance(module, nn.Linear):
             matrix = graph.node("Transpose", weight_name, perm=[1, 0])
             label = graph.weight(f"graph.{name}.bias", bias)
-            inputs = (x.name, matrix, unit, steps, zero, none, label)
-            y = graph.node("MatMulIntegerToFloat", *inputs, domain=CONTRIB)
+            y = graph.node("MatMulIntegerToFloat", x.name, matrix, unit, steps, zero, none, label, domain=CONTRIB)
             self._finish(node, last, _Value(self._relu(graph, y, last) if last is not end else y, None))
             return
         scale = self.ranges[last].scale
@@ -269,9 +269,6 @@ class EncoderExport:
             return str(graph.node("Clip", x, graph.constant(np.float32(0)), graph.constant(np.float32(6))))
         return str(graph.node("Relu", x)) if isinstance(module, nn.ReLU) or name in _RELU else x
 
-    def _as(self, source: fx.Node) -> tuple[_Value, Scale]:
-        return self.values[source], self.ranges[source].scale
-
     def _stored(self, graph: Graph, value: _Value | str, scale: Scale) -> _Value:
         """A value in 8 bits."""
         if isinstance(value, _Value) and value.scale is not None:
@@ -333,7 +330,8 @@ def _shift(
     # (outputs, inputs of a group): summed over the places of the kernel
     change = change.reshape(len(rows), rows.shape[1], -1).sum(axis=2)
     seen = np.repeat(mean.reshape(groups, -1), len(rows) // groups, axis=0)
-    return (change * seen).sum(axis=1)
+    shift: FloatArray = (change * seen).sum(axis=1)
+    return shift
 
 
 @dataclass
@@ -348,7 +346,8 @@ class _Range:
     @property
     def mean(self) -> FloatArray:
         """Means a channel over all photos, `(channels,)`."""
-        return torch.cat(self.means).mean(dim=0).numpy()
+        mean: FloatArray = torch.cat(self.means).mean(dim=0).numpy()
+        return mean
 
     @property
     def scale(self) -> Scale:
@@ -387,6 +386,6 @@ class _Recorder(fx.Interpreter):
 @torch.inference_mode()
 def _ranges(encoder: Encoder, photos: Tensor) -> dict[fx.Node, _Range]:
     recorder = _Recorder(encoder.body)
-    for some in photos.split(32):
+    for some in torch.split(photos, 32):
         recorder.run(encoder.standardise(some.to(encoder.mean.device)))
     return recorder.ranges

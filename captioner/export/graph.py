@@ -19,7 +19,7 @@ CONTRIB = "com.microsoft"
 #: Largest constant that lies in a graph itself, in bytes; larger ones lie in the file of weights.
 _INLINE = 256
 
-_TYPES = {np.float32: TensorProto.FLOAT, np.int64: TensorProto.INT64, np.uint8: TensorProto.UINT8}
+_TYPES: dict[type, int] = {np.float32: TensorProto.FLOAT, np.int64: TensorProto.INT64, np.uint8: TensorProto.UINT8}
 
 Array = npt.NDArray[Any]
 
@@ -69,7 +69,7 @@ class Graph:
         self._nodes.append(helper.make_node("Identity", [value], [name]))
         self._outputs.append(helper.make_tensor_value_info(name, _TYPES[kind], shape))
 
-    def constant(self, value: Array) -> str:
+    def constant(self, value: Array | np.generic) -> str:
         """A small constant that only this graph has."""
         value = np.asarray(value)
         assert value.nbytes <= _INLINE, value.shape
