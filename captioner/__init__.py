@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from captioner.bulk.pipeline import caption_photos
     from captioner.config import (
-        PRESETS,
         DataConfig,
         DecoderConfig,
         DecodingOptions,
@@ -28,13 +27,14 @@ if TYPE_CHECKING:
     from captioner.model import Caption, Captioner
     from captioner.networks.decoder import Decoder
     from captioner.networks.encoder import Encoder
+    from captioner.training.presets import PRESETS
     from captioner.training.trainer import train
     from captioner.vocabulary import Vocabulary
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "PRESETS": "config",
+    "PRESETS": "training.presets",
     "Annotations": "datasets.annotations",
     "Caption": "model",
     "Captioner": "model",

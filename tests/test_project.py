@@ -14,7 +14,7 @@ PACKAGE = ROOT / "captioner"
 
 #: From the bottom to the top: a module or sub-package imports from layers below its own.
 LAYERS = [
-    {"errors", "metrics"},
+    {"errors", "machine", "metrics"},
     {"files", "progress"},
     {"config", "tensors"},
     {"vocabulary", "images", "graphs"},
@@ -32,7 +32,7 @@ LAYERS = [
 ]
 
 #: Modules that need torch; all others are there after a plain `pip install captioner`.
-TORCH = {"networks", "datasets.features", "datasets.batches", "training", "export"}
+TORCH = {"networks", "datasets.batches", "training", "export"}
 
 #: Packages of the extra `train`.
 TRAIN = (

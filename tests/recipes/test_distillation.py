@@ -123,7 +123,7 @@ def test_which_photos_are_learned_from(
     training = [example.path for example in load(pictures).split("train")]
     assert found == [*training, others / "good.png"]
     assert [record.message for record in caplog.records] == [
-        f"left out: {others / 'bad.png'}: not a photo; expected JPEG, PNG, WebP, GIF, BMP or TIFF"
+        f"left out: {others / 'bad.png'}: not a photo; expected JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC"
     ]
     assert configuration(pictures, tmp_path, seed=1).seed == 1
     with pytest.raises(CaptionerError, match="seed is -1; expected 0 to 4294967295"):
