@@ -32,7 +32,7 @@ LAYERS = [
 ]
 
 #: Modules that need torch; all others are there after a plain `pip install captioner`.
-TORCH = {"networks", "datasets.features", "datasets.batches", "training", "export"}
+TORCH = {"networks", "datasets.batches", "training", "export"}
 
 #: Packages of the extra `train`.
 TRAIN = (

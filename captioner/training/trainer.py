@@ -368,12 +368,12 @@ class Trainer:
     def _validate(self) -> tuple[list[Caption], dict[str, float]]:
         """Captions, scores and loss of the validation photos; each process takes a share of the captions."""
         self.network.eval()
-        self.captioner = self._captioner()
         accelerator, split = self.accelerator, self.data.val
         rank, processes = accelerator.process_index, accelerator.num_processes
         if processes > 1:  # all use the running statistics of the first process, whose checkpoint is saved
             for buffer in self.network.buffers():
                 buffer.copy_(broadcast(buffer))
+        self.captioner = self._captioner()
         rows, captions = split.rows[rank::processes], []
         for start in range(0, len(rows), _CHUNK):
             if processes == 1:
