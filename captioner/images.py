@@ -16,12 +16,12 @@ import stat
 import threading
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,8 @@ Pixels = npt.NDArray[np.uint8]
 
 #: Photos as `load` takes them.
 Source = str | Path | bytes | IO[bytes] | Image.Image | npt.NDArray[np.uint8]
+
+_T = TypeVar("_T")
 
 #: Names what `load` does to a photo. It is part of every feature stamp: change it when the result changes.
 PREPROCESSING = "whole photo, RGB, bilinear with antialiasing, v1"
@@ -107,18 +109,39 @@ def load(source: Source, size: int, *, name: str | None = None) -> Pixels:
     try:
         if isinstance(source, str | Path):
             with open_file(source) as file:
-                return _decode(file, name, size)
+                return _decode(file, name, size, _to_array)
         if isinstance(source, bytes | bytearray | memoryview):
-            return _decode(io.BytesIO(source), name, size)
+            return _decode(io.BytesIO(source), name, size, _to_array)
         if isinstance(source, Image.Image):
             return _to_array(source, size)
         if isinstance(source, np.ndarray):
             return _to_array(_from_array(source), size)
-        return _decode(_binary(source), name, size)
+        return _decode(_binary(source), name, size, _to_array)
     except ImageError:
         raise
     except Exception as error:
         raise _explained(error, name) from None
+
+
+def thumbnail(path: str | Path, side: int) -> Image.Image:
+    """A small upright picture of a photo, in its proportions and RGB; the longer side has `side` pixels at most.
+
+    Raises:
+        ImageError: see `load`.
+    """
+
+    def small(image: Image.Image, side: int) -> Image.Image:
+        rgb = _to_rgb(_upright(image))
+        rgb.thumbnail((side, side))
+        return rgb
+
+    try:
+        with open_file(path) as file:
+            return _decode(file, str(path), side, small)
+    except ImageError:
+        raise
+    except Exception as error:
+        raise _explained(error, str(path)) from None
 
 
 def _explained(error: Exception, name: str) -> ImageError:
@@ -408,7 +431,7 @@ def _too_large(name: str) -> ImageError:
     )
 
 
-def _decode(file: IO[bytes], name: str, size: int) -> Pixels:
+def _decode(file: IO[bytes], name: str, size: int, finish: Callable[[Image.Image, int], _T]) -> _T:
     with _open(file, name) as image:
         if image.width * image.height > _MOST_PIXELS:
             raise _too_large(name)
@@ -423,7 +446,7 @@ def _decode(file: IO[bytes], name: str, size: int) -> Pixels:
                 if image.format not in ("JPEG", "MPO"):
                     raise
                 image = _without_end(file, name, size)
-            return _to_array(image, size)
+            return finish(image, size)
 
 
 def _open(file: IO[bytes], name: str) -> Image.Image:

@@ -95,6 +95,8 @@ class Job(Options):
                 "there is nowhere to write to; give --output FILE, or --format txt or xmp for sidecars"
             )
         format_ = self.format or ENDINGS.get(self.output.suffix.lower())
+        if not self.output.name:
+            raise CaptionerError(f"{self.output}: is a folder; give the name of a file")
         if format_ is None:
             raise CaptionerError(
                 f"{self.output}: its ending says no format; expected {' '.join(ENDINGS)}, or give --format"

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from captioner.bulk.sources import Item
+from captioner.bulk.sources import Item, blocks
 from captioner.errors import CaptionerError, ImageError
 
 #: Photos that are looked up at once.
@@ -175,10 +175,9 @@ class Journal:
 
         As long as the source is as it was, the journal is read along with it and nothing is written or looked up.
         """
-        items = iter(items)
         place = 0
         with ThreadPoolExecutor() if by_content else _no_pool() as pool:
-            while block := list(itertools.islice(items, _BLOCK)):
+            for block in blocks(iter(items), lambda rest: itertools.islice(rest, _BLOCK)):
                 hashes = list(pool.map(Item.sha256, block)) if pool is not None else [None] * len(block)
                 known = self._along(place, block)
                 placed = []

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from captioner import images
-from captioner.bulk.sources import Item
+from captioner.bulk.sources import Item, blocks
 from captioner.errors import ImageError
 from captioner.machine import processors
 
@@ -136,10 +136,19 @@ def caption(
     crew = _Crew(stages, workers, timeout)
     chunks = _chunks(items, workers)
     waiting: deque[_Chunk] = deque()
+    end: Exception | None = None
+    more = True
     try:
         while True:
-            while len(waiting) < 2 * workers and not stopped() and (chunk := next(chunks, None)) is not None:
-                waiting.append(crew.begin(chunk))
+            while more and len(waiting) < 2 * workers and not stopped():
+                try:
+                    waiting.append(crew.begin(next(chunks)))
+                except StopIteration:
+                    more = False
+                except Exception as error:  # of the source; it is raised after the photos before it
+                    more, end = False, error
+            if not waiting and end is not None:
+                raise end
             if not waiting:
                 return
             results = crew.result(waiting[0], stopped)
@@ -152,8 +161,7 @@ def caption(
 
 def _chunks(items: Iterable[Item], workers: int) -> Iterator[list[Item]]:
     """Divide items into chunks; those that are too few for a full chunk a worker are divided equally."""
-    items = iter(items)
-    while block := list(_block(items, workers)):
+    for block in blocks(iter(items), lambda rest: _block(rest, workers)):
         size = min(_CHUNK, math.ceil(len(block) / workers))
         yield from (block[start : start + size] for start in range(0, len(block), size))
 

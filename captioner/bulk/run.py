@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import logging
 import signal
@@ -15,6 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from captioner import files
 from captioner.bulk import index, pipeline, sidecars, sources, writers
 from captioner.bulk.job import SIDECARS, Job
 from captioner.bulk.journal import Counts, Found, Journal, Result, Todo
@@ -119,13 +121,13 @@ def check(job: Job) -> None:
         CaptionerError: it cannot end well.
     """
     format_ = job.resolved_format()
-    journal = job.journal_path()
     for path in job.photos:
         sources.check(path)
     if not job.photos and job.list is None:
         raise CaptionerError("there is nothing to caption; give photos, folders, shards, or --list FILE")
     if format_ in SIDECARS and any(path.lower().endswith((".tar", ".parquet")) for path in job.photos):
         raise CaptionerError("sidecars lie beside photos, and photos in a shard have no place; give --output FILE")
+    journal = job.journal_path()
     if job.output is None:
         return
     if job.output.is_dir():
@@ -274,3 +276,22 @@ def summary(report: Report) -> str:
         if number:
             said.append(f"{number:,} {text}")
     return ", ".join(said)
+
+
+def advice(report: Report) -> Iterator[str]:
+    """How to go on, in a line each."""
+    if report.interrupted:
+        yield f"stopped; {report.total:,} photos have captions; the same command goes on"
+    elif report.output is not None:
+        yield f"{report.output}: {report.total:,} photos"
+    if report.failures is not None:
+        yield f"photos without a caption, and why: {report.failures}"
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of the files of a saved model that captions depend on."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".json", ".safetensors", ".onnx"):
+            digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + files.sha256(path).encode())
+    return digest.hexdigest()

@@ -13,7 +13,7 @@ import re
 import stat
 import sys
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -86,6 +86,26 @@ def find(job: Job) -> Iterator[Item]:
         yield from listed(job.list)
 
 
+def blocks(items: Iterator[Item], part: Callable[[Iterator[Item]], Iterable[Item]]) -> Iterator[list[Item]]:
+    """Divide items into lists; a source that ends in an error yields what came before it first.
+
+    Args:
+        items: of a source.
+        part: takes the items of the next list.
+    """
+    while True:
+        block: list[Item] = []
+        try:
+            block.extend(part(items))
+        except Exception:
+            if block:
+                yield block
+            raise
+        if not block:
+            return
+        yield block
+
+
 def count(job: Job) -> int:
     """How many photos a job has, as far as that is quickly told: rows of Parquet files are not decoded for it."""
     total = 0
@@ -100,6 +120,11 @@ def count(job: Job) -> int:
     if job.list is not None and job.list != "-":
         total += sum(1 for _ in _names(job.list))
     return total
+
+
+def holds_many(path: str) -> bool:
+    """Whether a path that a user gave is more than one photo."""
+    return _source(path) is not file
 
 
 def check(path: str) -> None:

@@ -19,6 +19,7 @@ COMMANDS = {
     "caption": "write a sentence about each photo",
     "train": "train a model on photos and their captions",
     "evaluate": "score a model, or files of results, against human captions",
+    "search": "find photos by the words of their captions",
     "export": "make a trained model small and fast, and free of torch",
 }
 

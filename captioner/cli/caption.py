@@ -1,22 +1,24 @@
-"""`captioner caption`: photos -> sentences on the screen or in a file."""
+"""`captioner caption`: photos -> sentences on the screen, in a file, or beside the photos."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from captioner.bulk.job import ENDINGS, SIDECARS, Job, Options
 from captioner.cli import output
 from captioner.cli.arguments import EngineArguments, SearchArguments, parse, search_options
 from captioner.config import FEATURE_SIZE
 from captioner.errors import CaptionerError, ImageError
 
 if TYPE_CHECKING:
-    from captioner.bulk.pipeline import Captioned
+    from captioner.bulk.pipeline import Result
+    from captioner.bulk.sources import Item
     from captioner.config import DecodingOptions
     from captioner.model import Captioner
 
@@ -32,10 +34,12 @@ class CaptionArguments:
         tyro.conf.arg(metavar="[PATH ...]", help="photos, or folders of photos", help_behavior_hint=""),
     ] = ()
     model: str = "mini"  # folder of a saved model or of a training run, owner/name on the Hugging Face Hub, or "mini"
-    format: Literal["text", "jsonl"] = "text"  # "text": sentences; "jsonl": a JSON object per photo
-    output: Path | None = None  # file to write to, instead of standard output; until it is complete, FILE.part
+    # "text": sentences; "txt" and "xmp": a file beside each photo; by default as the output's ending says, or text
+    format: Literal["text", "jsonl", "csv", "parquet", "coco", "webdataset", "sqlite", "txt", "xmp"] | None = None
+    output: Path | None = None  # file to write to, instead of standard output; a run that was stopped goes on
     explain: bool = False  # show the search: every word that was considered, as a tree
     engine: Annotated[EngineArguments, tyro.conf.arg(name="")] = field(default_factory=EngineArguments)
+    many: Annotated[Options, tyro.conf.arg(name="")] = field(default_factory=Options)
     search: Annotated[SearchArguments, tyro.conf.arg(name="")] = field(default_factory=dict)
 
 
@@ -43,57 +47,103 @@ def command(arguments: Sequence[str], prog: str) -> int:
     """Caption photos, and return the exit status."""
     _check_dashes(arguments, prog)
     chosen = parse(CaptionArguments, arguments, prog)
-    if not all(chosen.photos or ("",)):
+    job = Job(
+        photos=chosen.photos,
+        output=chosen.output,
+        format=None if chosen.format == "text" else chosen.format,
+        **{each.name: getattr(chosen.many, each.name) for each in fields(Options)},
+    )
+    if not all(chosen.photos or ("" if job.list is None else "-",)):
         raise CaptionerError(
             f"there is nothing to caption; give photos or folders of photos, before the options: {prog} photo.jpg"
         )
-    if chosen.explain and (chosen.output or chosen.format != "text"):
+    if chosen.explain and (chosen.output or chosen.format not in (None, "text")):
         raise CaptionerError("--explain prints on the screen; leave out --output and --format")
+    if _is_bulk(chosen):
+        return _bulk(job, chosen)
+    if chosen.format not in (None, "text", "jsonl"):
+        raise CaptionerError(f"{chosen.format} is no format for the screen; give --output FILE")
     if chosen.output is None or chosen.explain:
         output.check_standard_output()
 
-    from captioner import images
+    from captioner.bulk import sources
 
-    paths = images.find(map(Path, chosen.photos))
-    if chosen.output is not None and any(_same(chosen.output, path) for path in paths):
-        raise CaptionerError(f"{chosen.output}: is one of the photos; give another --output")
+    for path in chosen.photos:
+        sources.check(path)
+        if chosen.output is not None and _same(chosen.output, Path(path)):
+            raise CaptionerError(f"{chosen.output}: is one of the photos; give another --output")
     captioner = chosen.engine.load(chosen.model)
     options = search_options(captioner, chosen.search)
     _check_words(captioner, options)
     if chosen.explain:
         with output.writer(None):
-            return _explain(captioner, paths, options)
-    return _caption(captioner, paths, options, chosen)
+            return _explain(captioner, [Path(item.image) for item in sources.find(job)], options)
+    return _stream(captioner, job, options, chosen)
 
 
-def _caption(captioner: Captioner, paths: Sequence[Path], options: DecodingOptions, chosen: CaptionArguments) -> int:
-    from captioner.bulk.pipeline import caption_photos
+def _is_bulk(chosen: CaptionArguments) -> bool:
+    """Whether there is a journal: for files, but for plain sentences and for pipes, and for sidecars."""
+    if chosen.format in SIDECARS:
+        return True
+    if chosen.output is None or chosen.explain or output.is_special(chosen.output):
+        return False
+    return chosen.format not in (None, "text") or (chosen.format is None and chosen.output.suffix.lower() in ENDINGS)
 
-    bad = 0
+
+def _bulk(job: Job, chosen: CaptionArguments) -> int:
+    """Caption into files that a stopped run goes on with."""
+    from captioner import hub
+    from captioner.bulk import run
+
+    run.check(job)
+    captioner = chosen.engine.load(chosen.model)
+    options = search_options(captioner, chosen.search)
+    _check_words(captioner, options)
+    provenance = run.Provenance(
+        name=chosen.model,
+        model=run.fingerprint(hub.find(chosen.model)),
+        options=options,
+        engine=type(captioner.engine).__name__,
+    )
+    report = run.run(job, captioner, provenance)
+    output.say(run.summary(report))
+    for line in run.advice(report):
+        output.say(line)
+    return report.status
+
+
+def _stream(captioner: Captioner, job: Job, options: DecodingOptions, chosen: CaptionArguments) -> int:
+    """Caption onto the screen, or into a file of plain sentences."""
+    from captioner.bulk import pipeline, sources
+
+    done = bad = 0
+    named = len(job.photos) != 1 or job.list is not None or sources.holds_many(job.photos[0])
     with output.writer(chosen.output) as out:
-        for photo in caption_photos(captioner, paths, options):
+        items = sources.find(job)
+        for item, photo in pipeline.caption(captioner, items, options, workers=job.workers, timeout=job.timeout):
             if photo.error is not None:
                 bad += 1
                 output.say(f"error: {photo.error}")
                 continue
+            done += 1
             if not photo.captions[0].satisfied:
-                output.say(f"{photo.path}: found no caption with all required words; this is one without")
+                output.say(f"{item.image}: found no caption with all required words; this is one without")
             if chosen.format == "jsonl":
-                print(output.as_json(_row(photo, options)), file=out, flush=True)
+                print(output.as_json(_row(item, photo, options)), file=out, flush=True)
                 continue
-            name = f"{output.one_line(photo.path)}: " if len(paths) > 1 else ""
+            name = f"{output.one_line(item.image)}: " if named else ""
             for found in photo.captions:
                 rank = f"  (score {found.score:.2f}, log-probability {found.logprob:.2f})"
                 print(f"{name}{found.text}{rank if options.num_captions > 1 else ''}", file=out, flush=True)
     if bad:
-        kept = f"; {chosen.output} is not written" if chosen.output is not None and bad == len(paths) else ""
-        output.say(f"{len(paths) - bad} of {len(paths)} photos captioned, {bad} could not be read{kept}")
+        kept = f"; {chosen.output} is not written" if chosen.output is not None and not done else ""
+        output.say(f"{done} of {done + bad} photos captioned, {bad} could not be read{kept}")
     return 1 if bad else 0
 
 
-def _row(photo: Captioned, options: DecodingOptions) -> dict[str, object]:
+def _row(item: Item, photo: Result, options: DecodingOptions) -> dict[str, object]:
     """The JSON object of a photo."""
-    row: dict[str, object] = {"image": str(photo.path), "caption": photo.captions[0].text}
+    row: dict[str, object] = {"image": item.image, "caption": photo.captions[0].text}
     if options.required_words:
         row["satisfied"] = photo.captions[0].satisfied
     if options.num_captions > 1:

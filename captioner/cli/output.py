@@ -123,6 +123,14 @@ def _check_replaceable(path: Path) -> None:
         raise CaptionerError(f"{path}: is read-only; change its permissions, or give another file")
 
 
+def is_special(path: Path) -> bool:
+    """Whether a path is standard output, a device or a pipe, to which rows are written as they come."""
+    try:
+        return _is_standard_output(path) or (path.exists() and not path.is_file() and not path.is_dir())
+    except OSError:
+        return False
+
+
 def _is_standard_output(path: Path) -> bool:
     """Whether a path is another name of standard output, such as `/dev/stdout`, whose target must not be replaced."""
     try:

@@ -13,7 +13,6 @@ import pytest
 from helpers import isolated, make_model, make_photo  # noqa: F401
 
 from captioner import Captioner, cli
-from captioner.cli.output import as_json
 from captioner.config import DecodingOptions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,34 +103,96 @@ def test_rows_of_json(model: Path, photos: list[Path], capsys: pytest.CaptureFix
 def test_a_file_takes_its_name_when_it_is_complete(
     model: Path, photos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    output, part = tmp_path / "out.txt", tmp_path / "out.txt.part"
     output.write_text("of an earlier run")
-    rows = as_json
     seen: list[tuple[str, int]] = []
 
-    def look(row: dict[str, object]) -> str:
+    def look(name: object) -> str:
         seen.append((output.read_text(), len(part.read_text().splitlines())))
-        return rows(row)
+        return str(name)
 
-    monkeypatch.setattr("captioner.cli.output.as_json", look)
-    assert run(model, *photos, "--format", "jsonl", "--output", output) == 0
+    monkeypatch.setattr("captioner.cli.output.one_line", look)
+    assert run(model, *photos, "--output", output) == 0
     assert seen == [("of an earlier run", 0), ("of an earlier run", 1), ("of an earlier run", 2)]  # row by row
     assert capsys.readouterr().out == ""
-    assert [json.loads(line)["image"] for line in output.read_text(encoding="utf-8").splitlines()] == [
-        str(photo) for photo in photos
-    ]
+    assert output.read_text(encoding="utf-8") == "".join(f"{photo}: {says(model, photo)}\n" for photo in photos)
     assert not part.exists()
 
 
 def test_what_was_written_stays_when_something_fails(
     model: Path, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = as_json
-    monkeypatch.setattr("captioner.cli.output.as_json", lambda row: rows(row) if "one" in str(row) else 1 / 0)
+    monkeypatch.setattr("captioner.cli.output.one_line", lambda text: str(text) if "one" in str(text) else 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        run(model, *photos, "--format", "jsonl", "--output", tmp_path / "out.jsonl")
-    assert not (tmp_path / "out.jsonl").exists()
-    assert len((tmp_path / "out.jsonl.part").read_text().splitlines()) == 1
+        run(model, *photos, "--output", tmp_path / "out.txt")
+    assert not (tmp_path / "out.txt").exists()
+    assert len((tmp_path / "out.txt.part").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [(), ("--format", "jsonl")])
+def test_rows_in_a_file(
+    model: Path, photos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    output = tmp_path / "out.jsonl"
+    assert run(model, *photos, *arguments, "--output", output) == 0
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines() == ["3 photos captioned", f"{output}: 3 photos"]
+    rows = output.read_bytes()
+    assert [json.loads(line) for line in rows.splitlines()] == [
+        {"image": str(photo), "caption": says(model, photo)} for photo in photos
+    ]
+    assert run(model, *photos, "--output", output) == 0  # once more
+    assert capsys.readouterr().err.startswith("0 photos captioned, 3 done before\n")
+    assert output.read_bytes() == rows
+    assert run(model, *photos, "--output", output, "--beam-size", 1) == 2
+    assert "out.jsonl.journal: was made with other options (beam_size 2, not 1); give the same" in one_line(capsys)
+    assert run(model, *photos, "--output", output, "--beam-size", 1, "--overwrite") == 0
+    assert run(model, "--list", "-", "--output", output) == 2
+
+
+def test_a_file_of_another_kind_of_run_is_not_replaced(
+    model: Path, photos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.csv"
+    output.write_text("of somebody else")
+    assert run(model, *photos, "--output", output) == 2
+    assert f"{output}: is there, and no journal says what is in it; give another --output, or --over" in one_line(
+        capsys
+    )
+    assert output.read_text() == "of somebody else"
+    assert run(model, *photos, "--output", output, "--overwrite") == 0
+    assert output.read_text().startswith("image,caption\n")
+
+
+def test_sidecars(model: Path, photos: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(model, photos[0].parent, "--format", "txt") == 0
+    assert photos[1].with_suffix(".txt").read_text() == says(model, photos[1]) + "\n"
+    assert capsys.readouterr().err == "3 photos captioned\n"
+    assert run(model, photos[0].parent, "--format", "xmp", "--sidecar-names", "photo.xmp", "--overwrite") == 0
+    assert says(model, photos[1]) in photos[1].with_suffix(".xmp").read_text()
+
+
+def test_formats_need_a_file(model: Path, photos: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(model, *photos, "--format", "csv") == 2
+    assert one_line(capsys) == "error: csv is no format for the screen; give --output FILE"
+    assert run(model, *photos, "--format", "txt", "--output", "x") == 2
+    assert "txt sidecars lie beside the photos; leave out --output" in one_line(capsys)
+
+
+def test_a_library_is_searched(
+    model: Path, photos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    library = tmp_path / "photos.db"
+    assert run(model, photos[0].parent, "--output", library) == 0
+    capsys.readouterr()
+    word = max(says(model, photos[0]).split(), key=len)
+    assert cli.run("search", [str(library), word, "--captions"]) == 0
+    assert f"{photos[0]}: {says(model, photos[0])}" in capsys.readouterr().out.splitlines()
+    assert cli.run("search", [str(library), "zeppelin"]) == 1
+    assert capsys.readouterr().err == "no photo has a caption with these words: zeppelin\n"
+    assert cli.run("search", [str(tmp_path / "none.db"), "dog"]) == 2
+    assert "none.db: is no library; make one: captioner caption FOLDER --output LIBRARY.db" in one_line(capsys)
 
 
 def test_an_output_that_cannot_be_written(
@@ -284,13 +345,13 @@ def test_an_option_overrides_the_models_own_and_the_others_stay(
     from captioner.bulk import pipeline
 
     used: list[DecodingOptions] = []
-    stream = pipeline.caption_photos
+    stream = pipeline.caption
 
-    def note(captioner: Captioner, paths: Sequence[Path], options: DecodingOptions) -> Any:
+    def note(captioner: Captioner, items: Any, options: DecodingOptions, **settings: Any) -> Any:
         used.append(options)
-        return stream(captioner, paths, options)
+        return stream(captioner, items, options, **settings)
 
-    monkeypatch.setattr(pipeline, "caption_photos", note)
+    monkeypatch.setattr(pipeline, "caption", note)
     assert run(model, photos[0]) == 0
     assert run(model, photos[0], "--max-words", 3) == 0
     assert run(model, photos[0], "--beam-size", 3, "--forbidden-words", "red", "a") == 0
