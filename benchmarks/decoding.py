@@ -28,7 +28,7 @@ from benchmarks.common import Before, ratio, report, seconds, take_turns
 from captioner.config import FEATURE_SIZE, DecoderConfig, DecodingOptions, EncoderConfig
 from captioner.decoding.search import decode
 from captioner.export import write_graphs
-from captioner.images import processors
+from captioner.machine import processors
 from captioner.networks.decoder import Decoder
 from captioner.networks.encoder import Encoder
 from captioner.networks.inference import TorchEngine

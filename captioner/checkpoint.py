@@ -23,9 +23,8 @@ import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
-from filelock import FileLock
 from safetensors import SafetensorError
 
 from captioner import __version__, files, graphs, tensors
@@ -33,6 +32,9 @@ from captioner.config import FEATURE_SIZE, DecoderConfig, DecodingOptions, Encod
 from captioner.errors import CaptionerError, CheckpointError, WeightsError
 from captioner.tensors import Array, Entry
 from captioner.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 WEIGHTS, CONFIG, TOKENIZER, CARD = "model.safetensors", "config.json", "tokenizer.json", "README.md"
 #: The files of an exported model: the weights, and the graphs that use them.
@@ -44,7 +46,7 @@ _FORMAT = 1
 _ENCODER, _DECODER = "encoder.", "decoder."  # the beginnings of the names of tensors
 _FULL = (errno.ENOSPC, errno.EDQUOT)  # no space on the disk, or none left to this user
 _LARGEST_CONFIG = 16 << 20  # bytes
-_LARGEST_WEIGHTS = 8 << 30
+_LARGEST_FILE = 2 << 30
 #: The largest sizes of a model that is not taken for a mistake or an attack.
 _LARGEST = {
     "encoder.image_size": 4096,
@@ -52,6 +54,7 @@ _LARGEST = {
     "decoder.embedding_size": 1 << 16,
     "decoder.layers": 64,
 }
+_LARGEST_NUMBER = 10**30  # beyond it, a number is a mistake, and too long to be shown
 #: Settings of earlier versions that mean nothing now.
 _RETIRED = {"decoding": ("precision", "typical_p")}
 _TYPES = {str: "a text", bool: "true or false", int: "a whole number", float: "a number", type(None): "null"}
@@ -251,11 +254,9 @@ def _read(folder: Path, weights: bool) -> Checkpoint:
 
 
 def _header(path: Path) -> dict[str, Entry]:
-    """Describe the tensors of a file of weights, whose size is limited."""
+    """Describe the tensors of a file of weights."""
     if not path.is_file():
         raise CheckpointError(_MISSING.format(path=path))
-    if path.stat().st_size > _LARGEST_WEIGHTS:
-        raise CheckpointError(f"{path}: has {path.stat().st_size:,} bytes; expected {_LARGEST_WEIGHTS:,} at most")
     try:
         return tensors.header(path)
     except WeightsError as error:
@@ -424,7 +425,9 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, list | tuple) and all(_fits(each, arguments[0]) for each in value)
     if origin is dict:
         return isinstance(value, dict) and all(_fits(each, arguments[1]) for each in value.values())
-    return type(value) is hint or (hint is float and type(value) is int)
+    if type(value) is int:
+        return hint in (int, float) and abs(value) < _LARGEST_NUMBER
+    return type(value) is hint
 
 
 def _called(hint: Any) -> str:
@@ -512,6 +515,8 @@ def _previous(folder: Path) -> Path:
 
 
 def _lock(folder: Path) -> FileLock:
+    from filelock import FileLock  # here, since readers seldom lock
+
     return FileLock(folder.with_name(f".{folder.name}.lock"))
 
 
@@ -567,7 +572,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _check_file(path: Path, expected: str | None) -> None:
     if not path.is_file():
         raise CheckpointError(_MISSING.format(path=path))
-    if (found := files.sha256(path)) != expected:
+    if (size := path.stat().st_size) > _LARGEST_FILE:
+        raise CheckpointError(f"{path}: has {size:,} bytes; expected {_LARGEST_FILE:,} at most")
+    try:
+        found = files.sha256(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); fetch the model again") from None
+    if found != expected:
         raise CheckpointError(
             f"{path}: altered, or of another model (SHA-256 {found[:12]}, {CONFIG} says {str(expected)[:12]}); "
             "fetch the model again"

@@ -23,17 +23,16 @@ import numpy.typing as npt
 
 from captioner import __version__, files, metrics
 from captioner.config import DataConfig, Statistics
-from captioner.datasets.annotations import Annotations, Example, load
-from captioner.datasets.formats import ImageId
+from captioner.datasets.annotations import Annotations, Example, captions_sha256, load, load_dataset
+from captioner.datasets.formats import ImageId, Split
 from captioner.errors import AnnotationError, CaptionerError, ImageError
+from captioner.runtime import OnnxEngine
 
 if TYPE_CHECKING:
     from captioner.datasets.batches import Source
     from captioner.model import Caption, Captioner
 
 log = logging.getLogger(__name__)
-
-SplitName = Literal["train", "val", "test"]
 
 _NAMED = 3  # ids that an error message names
 _TOGETHER = 256  # photos that are read and captioned together
@@ -105,7 +104,7 @@ class Evaluation:
 def evaluate_model(
     captioner: Captioner,
     data: DataConfig,
-    split: SplitName = "val",
+    split: Split = "val",
     *,
     idf: metrics.Idf | None = None,
     statistics: Statistics | None = None,
@@ -127,13 +126,7 @@ def evaluate_model(
     """
     trained = captioner.training
     data = replace(data, **{name: trained[name] for name in ("restval", "val_share") if name in trained})
-    captions = load(
-        data.data,
-        images=data.images,
-        restval=data.restval,
-        on_problem=data.on_problem,
-        val_share=data.val_share,
-    )
+    captions = load_dataset(data)
     examples = captions.split(split)
     found, unreadable = _caption_examples(captioner, captions, examples, data.features)
     readable = [example for example in examples if example.image_id in found]
@@ -152,7 +145,7 @@ def evaluate_model(
     )
     hypotheses = Hypotheses(
         {image_id: caption.text for image_id, caption in found.items()},
-        {**captioner.engine.identity, "vocabulary_sha256": captioner.vocabulary.sha256}
+        {**_identity(captioner), "vocabulary_sha256": captioner.vocabulary.sha256}
         | {"decoding": asdict(captioner.options), "training": captioner.training},
         [not caption.finished for caption in found.values()],
     )
@@ -271,11 +264,12 @@ def _caption_examples(
     captioner: Captioner, captions: Annotations, examples: Sequence[Example], features: Path | None
 ) -> tuple[dict[ImageId, Caption], dict[ImageId, ImageError]]:
     """Caption photos; those that cannot be read are in the second result, with the reasons."""
-    encoder = getattr(captioner.engine, "encoder", None)
-    if encoder is not None:  # of torch, which is slow to look at photos: what it sees is kept from run to run
+    if not isinstance(captioner.engine, OnnxEngine):  # but torch, whose features are kept from run to run
         from captioner.datasets.features import stored_features
+        from captioner.networks.inference import TorchEngine
 
-        store, failures = stored_features(captions, examples, encoder, features)
+        assert isinstance(captioner.engine, TorchEngine)
+        store, failures = stored_features(captions, examples, captioner.engine.encoder, features)
         readable = [example for example in examples if example.image_id not in failures]
         row_of = store.row_of
         rows = np.array([row_of[example.image_id] for example in readable], np.int64)
@@ -300,6 +294,25 @@ def _caption_examples(
     return found, failures
 
 
+def _identity(captioner: Captioner) -> dict[str, Any]:
+    """The network that computes captions, in JSON's types."""
+    if isinstance(captioner.engine, OnnxEngine):
+        folder = captioner.engine.folder
+        hashes = {path.name: files.sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+        return {"engine": "onnx", "graphs_sha256": hashes}
+    from captioner.networks.inference import TorchEngine
+    from captioner.networks.weights import fingerprint
+
+    assert isinstance(captioner.engine, TorchEngine)
+    encoder, decoder = captioner.engine.encoder, captioner.engine.decoder
+    return {
+        "engine": "torch",
+        "precision": str(captioner.engine.dtype).removeprefix("torch."),
+        "encoder": {**asdict(encoder.config), "weights_sha256": encoder.weights_sha256},
+        "decoder_sha256": fingerprint(decoder.state_dict()),
+    }
+
+
 # Files -------------------------------------------------------------------------------------------------------------
 
 
@@ -308,16 +321,8 @@ def references_of(examples: Sequence[Example]) -> dict[ImageId, tuple[str, ...]]
     return {example.image_id: example.captions for example in examples}
 
 
-def captions_sha256(examples: Sequence[Example]) -> str:
-    """SHA-256 of the photos' ids, captions and splits: tells whether a model has learned from these captions."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(json.dumps([example.image_id, example.split, *example.captions]).encode())
-    return digest.hexdigest()
-
-
 def read_references(
-    path: str | Path, split: SplitName | None = None, *, on_problem: Literal["error", "skip"] = "error"
+    path: str | Path, split: Split | None = None, *, on_problem: Literal["error", "skip"] = "error"
 ) -> References:
     """Read human captions; their photos need not be there.
 

@@ -20,16 +20,11 @@ from captioner.tensors import Entry
 #: The operators that `captioner export` writes, by their domain; others are refused.
 OPERATORS: Mapping[str, frozenset[str]] = {
     "": frozenset(
-        """Abs Add ArgMax AveragePool BatchNormalization Cast Clip Concat Constant Conv DequantizeLinear Div Exp Flatten
-        GRU Gather GatherElements Gemm GlobalAveragePool Greater Identity LSTM Log LogSoftmax MatMul MatMulInteger Max
-        MaxPool Min Mul Neg Pow QLinearConv QLinearMatMul QuantizeLinear RNN Reciprocal ReduceL2 ReduceMax ReduceMean
-        ReduceSum ReduceSumSquare Relu Reshape Shape Sigmoid Sign Slice Softmax Split Sqrt Squeeze Sub Tanh TopK
-        Transpose Unsqueeze Where""".split()
+        """Abs Add AveragePool Cast Clip Concat Conv DequantizeLinear Div Flatten Gather GatherElements Gemm Identity
+        Log LogSoftmax MatMul Max MaxPool Mul QLinearConv QuantizeLinear ReduceL2 Relu Reshape Sigmoid Sign Slice Softmax
+        Split Sqrt Sub Tanh TopK Transpose Unsqueeze""".split()
     ),
-    "com.microsoft": frozenset(
-        """MatMulIntegerToFloat QGemm QLinearAdd QLinearAveragePool QLinearConcat QLinearGlobalAveragePool QLinearMul
-        QLinearSigmoid QLinearSoftmax""".split()
-    ),
+    "com.microsoft": frozenset("MatMulIntegerToFloat QLinearAdd QLinearAveragePool QLinearConcat".split()),
 }
 
 _LARGEST = 16 << 20  # bytes of a graph without its weights

@@ -125,10 +125,10 @@ def model_card(saved: Checkpoint) -> str:
     results = [
         EvalResult(
             task_type="image-to-text",
-            dataset_type=training["data"],
-            dataset_name=training["data"],
+            dataset_type=_plain(training["data"]),
+            dataset_name=_plain(training["data"]),
             dataset_split="validation",
-            metric_type=metric,
+            metric_type=_plain(metric),
             metric_value=round(value, 4),
         )
         for metric, value in (exported or trained).items()

@@ -28,6 +28,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError, _imaging
 
 from captioner.errors import ImageError
+from captioner.machine import processors
 
 log = logging.getLogger(__name__)
 
@@ -296,15 +297,6 @@ def read(path: str | Path) -> bytes:
         raise
     except Exception as error:
         raise _explained(error, str(path)) from None
-
-
-def processors() -> int:
-    """Processors that this process may use: those of its container or affinity, not those of the machine."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        count = min(count, max(1, round(int(quota) / int(period))))  # "max" is no number: no limit
-    return count
 
 
 class Photos:

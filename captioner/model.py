@@ -136,6 +136,11 @@ class Captioner:
         """Height and width of the photos that the model looks at, in pixels."""
         return self.engine.image_size
 
+    @property
+    def concurrent(self) -> bool:
+        """Whether several threads may use the model at once, and gain by it."""
+        return isinstance(self.engine, OnnxEngine)
+
     def caption(self, photo: images.Source, options: DecodingOptions | None = None) -> Caption:
         """Write the best sentence about one photo.
 

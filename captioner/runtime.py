@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from captioner.checkpoint import ENCODER_GRAPH, START_GRAPH, STEP_GRAPH
 from captioner.config import FEATURE_SIZE
 from captioner.decoding.step import Likeliest
 from captioner.errors import CheckpointError
 
-ENCODER, START, STEP = "encoder_model.onnx", "decoder_start_model.onnx", "decoder_model.onnx"
 #: Photos that the CNN looks at together: their maps should about stay in a processor's cache.
 _TOGETHER = 8
 
@@ -42,10 +42,16 @@ class OnnxEngine:
         """
         self.folder, self.threads = folder, threads
         self.image_size, self.vocabulary_size = image_size, vocabulary_size
-        self._encoder, self._start, self._step = (self._session(folder / name) for name in (ENCODER, START, STEP))
+        self._encoder, self._start, self._step = (
+            self._session(folder / name) for name in (ENCODER_GRAPH, START_GRAPH, STEP_GRAPH)
+        )
         self._parts = [output.name for output in self._start.get_outputs()]
         following = [f"next_{part}" for part in self._parts]
         self._all, self._few = ["all_logprob", *following], ["logprob", "word", "named_logprob", *following]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy in another process loads the graphs again."""
+        return _again, (self.folder, self.image_size, self.vocabulary_size, self.threads)
 
     def _session(self, path: Path) -> Any:
         import onnxruntime as ort
@@ -119,6 +125,10 @@ class OnnxEngine:
     ) -> dict[str, npt.NDArray[Any]]:
         words = {"tokens": tokens, "parents": parents, "count": np.array([count]), "named": named}
         return {**words, **dict(zip(self._parts, state, strict=True))}
+
+
+def _again(folder: Path, image_size: int, vocabulary_size: int, threads: int) -> OnnxEngine:
+    return OnnxEngine(folder, image_size=image_size, vocabulary_size=vocabulary_size, threads=threads)
 
 
 def _only_what_is_asked() -> Any:

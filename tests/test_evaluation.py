@@ -14,16 +14,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers import data, isolated, make_data, make_model  # noqa: F401
+from helpers import ENCODER, data, isolated, make_data, make_model  # noqa: F401
 
 from captioner import Captioner, cli, evaluation, metrics
 from captioner.config import DataConfig, DecodingOptions, Statistics
-from captioner.datasets.annotations import Example, load
+from captioner.datasets.annotations import Example, captions_sha256, load
 from captioner.errors import CaptionerError, ImageError
 from captioner.evaluation import (
     Hypotheses,
     References,
-    captions_sha256,
     compare,
     evaluate_model,
     evaluate_results,
@@ -31,6 +30,7 @@ from captioner.evaluation import (
     read_results,
     references_of,
 )
+from captioner.runtime import OnnxEngine
 
 ROOT = Path(__file__).resolve().parents[1]
 COCO = {
@@ -181,7 +181,7 @@ def test_photos_that_cannot_be_read_are_left_out_and_named(
 def test_photos_of_another_encoder_are_not_mixed(
     data: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = dataclasses.replace(make_model().encoder.config, image_size=40)
+    config = dataclasses.replace(ENCODER, image_size=40)
     make_model(config).save_pretrained(tmp_path / "other")
     common = ("--data", data, "--features", tmp_path / "features")
     assert run("--model", model, *common) == 0
@@ -204,7 +204,7 @@ def test_the_same_from_python(data: Path, model: Path, tmp_path: Path) -> None:
     assert again.references.captions == found.references.captions
 
 
-def test_an_engine_without_torch_needs_no_store(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exported_model_needs_no_store(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Photos are captioned as `captioner caption` does it, and those that cannot be read are left out."""
     from captioner.bulk import pipeline
 
@@ -215,14 +215,16 @@ def test_an_engine_without_torch_needs_no_store(data: Path, tmp_path: Path, monk
         assert options == captioner.options
         for path in paths:
             error = ImageError(f"{path}: not a photo") if path == bad else None
-            yield SimpleNamespace(
-                path=path, error=error, captions=[SimpleNamespace(text="a red circle", finished=True)]
-            )
+            caption = SimpleNamespace(text="a red circle", finished=True)
+            yield SimpleNamespace(path=path, error=error, captions=[caption])
 
     monkeypatch.setattr(pipeline, "caption_photos", caption_photos)
-    identity = {"engine": "onnx", "precision": "int8"}
+    engine = OnnxEngine.__new__(OnnxEngine)  # which has loaded no graph
+    engine.folder = tmp_path / "onnx"
+    engine.folder.mkdir()
+    (engine.folder / "model.safetensors").write_bytes(b"weights")
     captioner: Any = SimpleNamespace(
-        engine=SimpleNamespace(identity=identity),
+        engine=engine,
         options=DecodingOptions(beam_size=2),
         vocabulary=SimpleNamespace(sha256="1234"),
         training={},
@@ -230,7 +232,8 @@ def test_an_engine_without_torch_needs_no_store(data: Path, tmp_path: Path, monk
     found = evaluate_model(captioner, DataConfig(data), statistics=Statistics(0))
     assert found.hypotheses.captions == {e.image_id: "a red circle" for e in val if e.path != bad}
     assert found.references.unreadable == (f"{bad}: not a photo",)
-    assert found.as_json().items() >= {**identity, "vocabulary_sha256": "1234"}.items()
+    graphs = {"model.safetensors": hashlib.sha256(b"weights").hexdigest()}
+    assert found.as_json().items() >= {"engine": "onnx", "graphs_sha256": graphs, "vocabulary_sha256": "1234"}.items()
     with pytest.raises(CaptionerError, match="--features is of the engine torch only"):
         evaluate_model(captioner, DataConfig(data, features=tmp_path))
 

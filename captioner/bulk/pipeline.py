@@ -26,6 +26,7 @@ import numpy.typing as npt
 from captioner import images
 from captioner.bulk.sources import Item, blocks
 from captioner.errors import ImageError
+from captioner.machine import processors
 
 if TYPE_CHECKING:
     from captioner.config import DecodingOptions
@@ -130,7 +131,7 @@ def caption(
         seconds: where to add how long each stage took.
         stopped: asked before each chunk is begun; once it is true, chunks in hand are finished, and no others are.
     """
-    workers = workers or images.processors()
+    workers = workers or processors()
     stages = _Stages(model, options, hashed, seconds or Seconds())
     crew = _Crew(stages, workers, timeout)
     chunks = _chunks(items, workers)

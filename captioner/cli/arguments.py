@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, TypeVar, g
 
 import tyro
 
-from captioner.config import DecodingOptions
+from captioner.config import DecodingOptions, Precision
 
 if TYPE_CHECKING:
     from captioner.model import Captioner
@@ -21,11 +21,11 @@ _A = TypeVar("_A")
 
 @dataclass(frozen=True)
 class EngineArguments:
-    """What computes the captions."""
+    """Settings of the program that runs the network."""
 
-    engine: Literal["auto", "onnx", "torch"] = "auto"  # "auto": torch on a GPU where both are there, else onnxruntime
+    engine: Literal["auto", "onnx", "torch"] = "auto"  # "auto": ONNX graphs if the model has them, else torch
     device: str | None = None  # of torch, such as "cpu" or "cuda:1"; by default a GPU if there is one
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of torch; "auto": bf16 or fp16 where that is fast
+    precision: Precision = "auto"  # of torch; "auto": 16 bits where the device is fast at them, else fp32
     # file of the CNN's weights, where the model names them and does not hold them
     encoder_weights: Annotated[str | None, tyro.conf.arg(name="encoder.weights")] = None
 

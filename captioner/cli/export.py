@@ -29,7 +29,7 @@ class ExportArguments:
     # folder of the new model; by default the graphs are added to MODEL
     folder: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[FOLDER]")] = None
     precision: Literal["int8", "fp32"] = "int8"  # "int8": a quarter of the size, and fastest; "fp32": as trained
-    data: Path | None = None  # photos and captions, to take the 8-bit scales from and to score the result on
+    data: Path | None = None  # photos and captions: 8-bit scales are taken from them, and validation scores
     images: Path | None = None  # folder of the photos, where the layout does not say it
     calibration: int = 192  # photos that the 8-bit scales are taken from
     encoder_weights: Annotated[

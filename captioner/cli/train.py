@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -12,7 +11,6 @@ import tyro
 from captioner.cli import first_process, output
 from captioner.cli.arguments import CONFIG
 from captioner.config import DataConfig, TrainingConfig
-from captioner.errors import CaptionerError
 
 
 @dataclass(frozen=True)
@@ -39,9 +37,6 @@ def command(arguments: Sequence[str], prog: str) -> int:
 
     from captioner.training.trainer import train
 
-    if first_process():
-        for line in summary(config):
-            output.say(line)
     history = train(config)
     best = history.epochs[history.best_epoch - 1]
     if first_process():
@@ -59,46 +54,9 @@ def parse(arguments: Sequence[str], prog: str) -> TrainingConfig:
     """Parse a preset's name and options.
 
     Raises:
-        CaptionerError: an option has no meaning beside the others.
+        CaptionerError: the settings contradict each other.
     """
     from captioner.training.presets import DESCRIPTIONS, PRESETS
 
     presets = {name: (DESCRIPTIONS[name], TrainArguments(**vars(preset))) for name, preset in PRESETS.items()}
-    config = tyro.extras.overridable_config_cli(presets, args=arguments, prog=prog, config=CONFIG).config()
-    if config.start is not None:
-        preset = PRESETS[next(argument for argument in arguments if argument in PRESETS)]
-        ignored = [
-            f"--{part}.{field.name}".replace("_", "-")
-            for part in ("encoder", "decoder")
-            for field in dataclasses.fields(getattr(config, part))
-            if field.name != "weights"  # says where the weights are that the model was trained with
-            and getattr(getattr(config, part), field.name) != getattr(getattr(preset, part), field.name)
-        ]
-        if ignored:
-            raise CaptionerError(
-                f"{', '.join(ignored)} has no meaning with --start, whose model has a CNN and a decoder already; "
-                "leave it out"
-            )
-    return config
-
-
-def summary(config: TrainingConfig) -> list[str]:
-    """The settings that matter most, in a few lines."""
-    data, encoder, decoder, learning = config.data, config.encoder, config.decoder, config.optimisation
-    layers = f"{decoder.layers} layers" if decoder.layers > 1 else "1 layer"
-    cnn = f"learns at {learning.encoder_learning_rate:g}" if learning.encoder_learning_rate else "frozen"
-    size = f"{encoder.image_size} x {encoder.image_size}"
-    rows = {
-        "data": str(data.data) + (f", photos in {data.images}" if data.images else ""),
-        "start": config.start or "",
-        "encoder": f"{encoder.name}, weights {encoder.weights}, photos at {size}, {cnn}" if not config.start else cnn,
-        "decoder": f"{decoder.cell}, {layers} of {decoder.hidden_size}, embeddings of {decoder.embedding_size}, "
-        f"dropout {decoder.dropout:g}"
-        if not config.start
-        else "",
-        "learning": f"{learning.objective}, up to {learning.epochs} epochs, batches of {learning.batch_size}, "
-        f"rate {learning.learning_rate:g}",
-        "run": f"seed {config.seed}, precision {config.precision}, tracking {config.tracking}",
-        "output": f"{config.output}, with all settings in config.json",
-    }
-    return [f"{name:<10}{value}" for name, value in rows.items() if value]
+    return tyro.extras.overridable_config_cli(presets, args=arguments, prog=prog, config=CONFIG).config()

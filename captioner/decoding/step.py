@@ -25,8 +25,8 @@ class Likeliest(NamedTuple):
     """The next word of each row: natural log-probabilities of a softmax over the whole vocabulary."""
 
     logprob: Floats  # (rows, count), likeliest first; NaN in rows whose logits give no probabilities
-    word: Integers  # (rows, count): their ids; of equally likely words the lower id first
-    named: Floats  # (rows, named): log-probabilities of the words that the search named
+    word: Integers  # (rows, count): their ids; of equally likely words the lower id first, if the model can order them
+    named: Floats  # (rows, named): of the words that the search named
 
 
 class StepModel(Protocol):

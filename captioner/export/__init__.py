@@ -103,6 +103,7 @@ def export(
                 content, export={**(content.export or {}), "scores_before": before, "scores_after": after}
             )
         checkpoint.write(new, content, hub.model_card(content))
+        checkpoint.check_graphs(new, checkpoint.read(new))
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     return ExportReport(target, size, differences, before, after)
 

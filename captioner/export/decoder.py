@@ -43,7 +43,7 @@ class DecoderExport:
         self.exact = features is None
         self.ranges = {} if features is None else _ranges(decoder, features)
         for name, tensor in self.state.items():
-            if not self.exact and tensor.ndim < 2:  # training reads these back; matrices follow with their products
+            if tensor.ndim < 2:  # training reads these back too; matrices follow with their products
                 weights.add(_PREFIX + name, tensor)
 
     @property
@@ -56,7 +56,7 @@ class DecoderExport:
         """`features` -> the first hidden state."""
         graph = Graph("decoder_start_model", self.weights)
         config = self.decoder.config
-        x = self._normalised(graph, graph.input("features", np.float32, ["photos", FEATURE_SIZE]))
+        x = self._normalised(graph, graph.input("features", np.float32, ("photos", FEATURE_SIZE)))
         numbers = self._product(graph, x, "initial.weight", self.state["initial.bias"], self.ranges.get("initial"))
         pieces = graph.node("Split", numbers, outputs=len(self.parts), axis=1)
         for name, piece in zip(self.parts, [pieces] if len(self.parts) == 1 else pieces, strict=True):
@@ -71,7 +71,7 @@ class DecoderExport:
         config, size = self.decoder.config, self.decoder.vocabulary_size
         tokens = graph.input("tokens", np.int64, ["rows"])
         parents = graph.input("parents", np.int64, ["rows"])
-        shape = ["parents_of_rows", config.hidden_size]
+        shape: tuple[int | str, ...] = ("parents_of_rows", config.hidden_size)
         before = {name: graph.node("Gather", graph.input(name, np.float32, shape), parents) for name in self.parts}
         count = graph.input("count", np.int64, [1])
         named = graph.input("named", np.int64, ["named"])
@@ -178,9 +178,9 @@ class DecoderExport:
 
     def _matmul(self, graph: Graph, x: str, scale: Scale, name: str, bias: str = "") -> str:
         """`x` in 8 bits times a matrix in 8 bits, as real numbers."""
-        stored, steps = codes(self.state[name])
+        stored, rows = codes(self.state[name])
         weight = graph.node("Transpose", graph.weight(_PREFIX + name, stored), perm=[1, 0])
-        steps = graph.weight(f"{_PREFIX}{name}.step", steps)
+        steps = graph.weight(f"{_PREFIX}{name}.step", rows)
         step, zero = graph.constant(np.float32(scale.step)), graph.constant(np.uint8(scale.zero))
         x = graph.node("QuantizeLinear", x, step, zero)
         none = graph.constant(np.int8(0))

@@ -90,7 +90,8 @@ class EncoderExport:
             self.values[node] = self.values[sources[0]]
         elif name in _ADD and len(sources) == 2:
             end = self._activated(node)
-            self._finish(node, end, self._add(graph, *(self.values[each] for each in sources), end))
+            one, other = (self.values[each] for each in sources)
+            self._finish(node, end, self._add(graph, one, other, end))
         elif name in _CAT:
             self.values[node] = self._cat(graph, [self.values[each] for each in sources], node)
         elif isinstance(module, nn.ReLU | nn.ReLU6) or name in _RELU:
@@ -149,29 +150,29 @@ class EncoderExport:
         rows = (weight.reshape(len(weight), -1) * factor[:, None]).reshape(weight.shape)
         if self.exact:
             folded = graph.weight(f"graph.{name}.weight", rows), graph.weight(f"graph.{name}.bias", bias)
-            x = self._real(graph, source)
+            real = self._real(graph, source)
             if isinstance(module, nn.Linear):
-                y = graph.node("Gemm", x, *folded, transB=1)
+                y = graph.node("Gemm", real, *folded, transB=1)
             else:
-                y = graph.node("Conv", x, *folded, **self._how(module, source))
+                y = graph.node("Conv", real, *folded, **self._how(module, source))
             self._finish(node, last, _Value(self._relu(graph, y, last) if last is not end else y, None))
             return
         stored, step = codes(rows)
+        bias = bias - _shift(rows, stored, step, self.ranges[source].mean, getattr(module, "groups", 1))
         weight_name = graph.weight(f"{name}.weight", stored)
         # Training wants the weights before the normalisation became part of them; its factor may be negative.
         self.weights.add(f"{name}.weight.step", step / np.where(factor == 0, 1, factor))
         if module.bias is not None:
             self.weights.add(f"{name}.bias", module.bias.detach().cpu().numpy())
         steps = graph.weight(f"graph.{name}.weight.step", step)
-        x = self._stored(graph, *self._as(source))
+        x = self._stored(graph, self.values[source], self.ranges[source].scale)
         assert x.scale is not None
         unit, zero = self._parameters(graph, x.scale)
         none = graph.constant(np.int8(0))
         if isinstance(module, nn.Linear):
             matrix = graph.node("Transpose", weight_name, perm=[1, 0])
             label = graph.weight(f"graph.{name}.bias", bias)
-            inputs = (x.name, matrix, unit, steps, zero, none, label)
-            y = graph.node("MatMulIntegerToFloat", *inputs, domain=CONTRIB)
+            y = graph.node("MatMulIntegerToFloat", x.name, matrix, unit, steps, zero, none, label, domain=CONTRIB)
             self._finish(node, last, _Value(self._relu(graph, y, last) if last is not end else y, None))
             return
         scale = self.ranges[last].scale
@@ -268,9 +269,6 @@ class EncoderExport:
             return str(graph.node("Clip", x, graph.constant(np.float32(0)), graph.constant(np.float32(6))))
         return str(graph.node("Relu", x)) if isinstance(module, nn.ReLU) or name in _RELU else x
 
-    def _as(self, source: fx.Node) -> tuple[_Value, Scale]:
-        return self.values[source], self.ranges[source].scale
-
     def _stored(self, graph: Graph, value: _Value | str, scale: Scale) -> _Value:
         """A value in 8 bits."""
         if isinstance(value, _Value) and value.scale is not None:
@@ -321,6 +319,21 @@ def _folded(norm: nn.BatchNorm2d, bias: FloatArray) -> tuple[FloatArray, FloatAr
     return factor.astype(np.float32), (beta + (bias - mean) * factor).astype(np.float32)
 
 
+def _shift(
+    rows: FloatArray, stored: npt.NDArray[np.int8], step: FloatArray, mean: FloatArray, groups: int
+) -> FloatArray:
+    """How much rounded weights change the mean of each output, `(outputs,)`: the bias makes up for it.
+
+    Nagel et al. 2019, "Data-free quantization through weight equalization and bias correction", section 4.2.
+    """
+    change = stored.reshape(len(stored), -1) * step[:, None] - rows.reshape(len(rows), -1)
+    # (outputs, inputs of a group): summed over the places of the kernel
+    change = change.reshape(len(rows), rows.shape[1], -1).sum(axis=2)
+    seen = np.repeat(mean.reshape(groups, -1), len(rows) // groups, axis=0)
+    shift: FloatArray = (change * seen).sum(axis=1)
+    return shift
+
+
 @dataclass
 class _Range:
     """The numbers that a layer yields."""
@@ -328,6 +341,13 @@ class _Range:
     shape: tuple[int, ...] = ()
     lows: list[Tensor] = field(default_factory=list)  # smallest number of each photo
     highs: list[Tensor] = field(default_factory=list)  # largest
+    means: list[Tensor] = field(default_factory=list)  # means a channel
+
+    @property
+    def mean(self) -> FloatArray:
+        """Means a channel over all photos, `(channels,)`."""
+        mean: FloatArray = torch.cat(self.means).mean(dim=0).numpy()
+        return mean
 
     @property
     def scale(self) -> Scale:
@@ -351,8 +371,9 @@ class _Recorder(fx.Interpreter):
             found.shape = tuple(result.shape)
             found.lows.append(result.flatten(1).amin(dim=1).float().cpu())
             found.highs.append(result.flatten(1).amax(dim=1).float().cpu())
+            found.means.append(result.flatten(2).mean(dim=2).cpu() if result.ndim > 2 else result.cpu())
             if n is self.keep:
-                self.kept = result.mean(dim=(2, 3)).clone()
+                self.kept = found.means[-1].clone()
         return result
 
     @torch.inference_mode()
@@ -365,6 +386,6 @@ class _Recorder(fx.Interpreter):
 @torch.inference_mode()
 def _ranges(encoder: Encoder, photos: Tensor) -> dict[fx.Node, _Range]:
     recorder = _Recorder(encoder.body)
-    for some in photos.split(32):
+    for some in torch.split(photos, 32):
         recorder.run(encoder.standardise(some.to(encoder.mean.device)))
     return recorder.ranges

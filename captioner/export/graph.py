@@ -12,6 +12,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save
 
+from captioner.graphs import OPERATORS
+
 #: Version of ONNX's operators, and of the file format. onnxruntime 1.18 and later read both.
 _OPSET, _IR_VERSION = 17, 9
 #: Operators of onnxruntime that ONNX itself lacks: they multiply 8-bit matrices and add 8-bit maps.
@@ -19,7 +21,7 @@ CONTRIB = "com.microsoft"
 #: Largest constant that lies in a graph itself, in bytes; larger ones lie in the file of weights.
 _INLINE = 256
 
-_TYPES = {np.float32: TensorProto.FLOAT, np.int64: TensorProto.INT64, np.uint8: TensorProto.UINT8}
+_TYPES: dict[type, int] = {np.float32: TensorProto.FLOAT, np.int64: TensorProto.INT64, np.uint8: TensorProto.UINT8}
 
 Array = npt.NDArray[Any]
 
@@ -34,7 +36,7 @@ class Weights:
 
     def add(self, name: str, tensor: Array) -> str:
         """Hold a tensor; the same name may be added again only with the same numbers."""
-        tensor = np.ascontiguousarray(tensor)
+        tensor = np.asarray(tensor, order="C")
         known = self.tensors.setdefault(name, tensor)
         assert known is tensor or np.array_equal(known, tensor), name
         return name
@@ -69,7 +71,7 @@ class Graph:
         self._nodes.append(helper.make_node("Identity", [value], [name]))
         self._outputs.append(helper.make_tensor_value_info(name, _TYPES[kind], shape))
 
-    def constant(self, value: Array) -> str:
+    def constant(self, value: Array | np.generic) -> str:
         """A small constant that only this graph has."""
         value = np.asarray(value)
         assert value.nbytes <= _INLINE, value.shape
@@ -97,6 +99,7 @@ class Graph:
         Returns:
             The name of its output, or a list of them.
         """
+        assert operator in OPERATORS[domain], f"{operator} is to be added to captioner.graphs.OPERATORS"
         names = [f"{operator}_{len(self._nodes)}_{number}" for number in range(outputs)]
         self._nodes.append(helper.make_node(operator, list(inputs), names, domain=domain, **attributes))
         return names[0] if outputs == 1 else names

@@ -18,7 +18,7 @@ from torch.fx.experimental.optimization import fuse
 
 from captioner.config import Precision
 from captioner.decoding.step import Floats, Integers, Likeliest
-from captioner.networks.decoder import Decoder, State
+from captioner.networks.decoder import Decoder, HiddenState
 from captioner.networks.encoder import Encoder
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -51,6 +51,7 @@ class TorchDecoder:
     """A decoder as a `StepModel`, for photos whose features are known.
 
     In bf16 and fp16 the matrix products are rounded; cell states, the output layer's bias and the softmax are fp32.
+    torch promises no order of equally likely words.
     """
 
     def __init__(
@@ -67,12 +68,12 @@ class TorchDecoder:
         self.dtype = dtype_for(precision, self.device)
         self.vocabulary_size = decoder.vocabulary_size
         self._decoder = _inferring(decoder, self.device, self.dtype)
-        # Rounded logits would often be equal; the bias, added afterwards in fp32, keeps words apart.
+        # Rounded logits would often be equal; the bias, added in fp32 to the rounded product, keeps words apart.
         self._bias = decoder.output.bias.detach().to(self.device, torch.float32)
-        self._decoder.output.bias = None
+        self._decoder.output.register_parameter("bias", None)
 
     @torch.inference_mode()
-    def start(self, features: Floats) -> State:
+    def start(self, features: Floats) -> HiddenState:
         """See `StepModel.start`; the state is that of `Decoder`."""
         with self._rounded():
             there = torch.from_numpy(np.ascontiguousarray(features, np.float32)).to(self.device)
@@ -80,8 +81,8 @@ class TorchDecoder:
 
     @torch.inference_mode()
     def step(
-        self, tokens: Integers, parents: Integers, state: State, count: int, named: Integers
-    ) -> tuple[Likeliest, State]:
+        self, tokens: Integers, parents: Integers, state: HiddenState, count: int, named: Integers
+    ) -> tuple[Likeliest, HiddenState]:
         """See `StepModel.step`."""
         tokens_there, parents_there, named_there = self._sent(tokens, parents, named)
         logprob, state = self._following(tokens_there, parents_there, state)
@@ -92,12 +93,13 @@ class TorchDecoder:
         return Likeliest(values, words.astype(np.int64), known), state
 
     @torch.inference_mode()
-    def step_all(self, tokens: Integers, parents: Integers, state: State) -> tuple[Floats, State]:
+    def step_all(self, tokens: Integers, parents: Integers, state: HiddenState) -> tuple[Floats, HiddenState]:
         """See `StepModel.step_all`."""
-        logprob, state = self._following(*self._sent(tokens, parents), state)
+        tokens_there, parents_there = self._sent(tokens, parents)
+        logprob, state = self._following(tokens_there, parents_there, state)
         return logprob.cpu().numpy(), state
 
-    def _following(self, tokens: Tensor, parents: Tensor, state: State) -> tuple[Tensor, State]:
+    def _following(self, tokens: Tensor, parents: Tensor, state: HiddenState) -> tuple[Tensor, HiddenState]:
         """Log-probabilities of all words, `(rows, vocabulary)`, in fp32, and the next state."""
         with self._rounded():
             logits, state = self._decoder.step(tokens, tuple(part.index_select(1, parents) for part in state))
@@ -105,7 +107,7 @@ class TorchDecoder:
 
     def _sent(self, *arrays: Integers) -> Sequence[Tensor]:
         """Arrays on the device, by one copy."""
-        return torch.from_numpy(np.concatenate(arrays)).to(self.device).split([len(array) for array in arrays])
+        return torch.split(torch.from_numpy(np.concatenate(arrays)).to(self.device), [len(array) for array in arrays])
 
     def _rounded(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)

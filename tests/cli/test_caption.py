@@ -326,9 +326,9 @@ def test_weights_of_the_encoder_may_be_elsewhere(
 
     model = make_model()
     here, there = tmp_path / "here.safetensors", tmp_path / "there.safetensors"
-    state = {name: tensor.contiguous() for name, tensor in model.encoder.body.state_dict().items()}
+    state = {name: tensor.contiguous() for name, tensor in model.engine.encoder.body.state_dict().items()}
     save_file(state, here)
-    make_model(replace(model.encoder.config, weights=str(here))).save_pretrained(tmp_path / "model")
+    make_model(replace(model.engine.encoder.config, weights=str(here))).save_pretrained(tmp_path / "model")
     here.rename(there)
     assert run(tmp_path / "model", photos[0]) == 2
     assert "here.safetensors: no such weight file for tiny" in one_line(capsys)

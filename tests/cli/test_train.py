@@ -10,9 +10,7 @@ import pytest
 from helpers import data, isolated, train_arguments  # noqa: F401
 
 from captioner import cli
-from captioner.cli.train import parse, summary
-from captioner.config import TrainingConfig
-from captioner.errors import CaptionerError
+from captioner.cli.train import parse
 from captioner.training import trainer
 
 
@@ -55,31 +53,6 @@ def test_options_override_the_preset(tmp_path: Path) -> None:
     assert config == replace(
         preset, data=replace(preset.data, data=tmp_path), decoding=replace(preset.decoding, beam_size=5)
     )
-
-
-def test_settings_that_a_start_would_ignore_are_refused() -> None:
-    with pytest.raises(
-        CaptionerError, match=r"^--encoder.name, --decoder.hidden-size has no meaning with --start, .*; leave it out$"
-    ):
-        parse("coco --start mini --encoder.name mini --decoder.hidden-size 64".split(), "train.py")
-    assert parse("coco --start mini --encoder.weights here.pth".split(), "train.py").start == "mini"
-
-
-def test_a_run_begins_with_its_settings(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def stop(config: TrainingConfig) -> None:
-        raise CaptionerError("enough")
-
-    monkeypatch.setattr(trainer, "train", stop)
-    assert cli.run("train", [*train_arguments(data, tmp_path / "run"), "--optimisation.epochs", "7"]) == 2
-    shown = capsys.readouterr().err
-    assert 4 < len(shown.splitlines()) < 12
-    for part in (str(data), "tiny", "lstm, 1 layer of 16", "up to 7 epochs, batches of 16", "seed 0", "frozen"):
-        assert part in shown
-    continued = summary(parse(["shapes", "--start", "mini", "--optimisation.encoder-learning-rate", "0"], ""))
-    assert "start     mini" in continued
-    assert not any(line.startswith("decoder") for line in continued)
 
 
 def test_an_interruption_is_one_line(

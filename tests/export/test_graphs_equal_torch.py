@@ -46,9 +46,7 @@ def network(name="tiny", size=40, **decoder):
 
 def exported(folder, engine, photos=None, features=None, **options):
     write_graphs(folder / "onnx", engine, photos, features)
-    return OnnxEngine(
-        folder / "onnx", image_size=engine.image_size, vocabulary_size=engine.vocabulary_size, **options
-    )
+    return OnnxEngine(folder / "onnx", image_size=engine.image_size, vocabulary_size=engine.vocabulary_size, **options)
 
 
 def likely_features(count, seed=0):

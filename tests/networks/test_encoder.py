@@ -102,9 +102,12 @@ def test_a_photo_too_small_for_the_network():
 
 
 @pytest.mark.parametrize("name", ["squeezenet1_1", "googlenet", "tiny", "mini"])
-def test_random_weights_are_the_same_every_time(name, caplog):
+def test_random_weights_are_the_same_every_time(name, caplog, monkeypatch):
     torch.manual_seed(1)
-    first = encoder(name)
+    with monkeypatch.context() as patch:  # `torch.manual_seed` would reseed the generators of all GPUs
+        patch.setattr(torch, "manual_seed", lambda *_: pytest.fail("reseeds the caller's GPUs"))
+        patch.setattr(torch.cuda, "manual_seed_all", lambda *_: pytest.fail("reseeds the caller's GPUs"))
+        first = encoder(name)
     assert f"the weights of {name} are random: good for tests, not for photos" in caplog.text
     drawn = torch.rand(1)
     torch.manual_seed(1)
@@ -112,6 +115,14 @@ def test_random_weights_are_the_same_every_time(name, caplog):
     second = encoder(name)
     assert first.weights_sha256 == second.weights_sha256
     assert torch.equal(first(photos()), second(photos()))
+
+
+def test_features_of_arrays():
+    network = encoder("tiny", size=32, trainable=True)
+    pixels = photos(3, 32)
+    features = network.features(pixels.numpy())
+    assert features.dtype == np.float32
+    assert np.array_equal(features, network(pixels).detach().numpy())
 
 
 def test_a_batch_equals_its_singles():
