@@ -75,8 +75,8 @@ def test_no_more_photos_are_read_than_are_asked_for(photos, monkeypatch):
 def test_few_photos_are_divided_equally():
     sizes = lambda count, workers: [len(chunk) for chunk in pipeline._chunks(items(range(count)), workers)]  # noqa: E731
     assert sizes(10, 2) == [5, 5]
-    assert sizes(512, 2) == [256, 256]
-    assert sizes(1000, 2) == [256, 256, 244, 244]
+    assert sizes(128, 2) == [64, 64]
+    assert sizes(250, 2) == [64, 64, 61, 61]
     assert sizes(1, 8) == [1]
 
 
