@@ -15,7 +15,7 @@ import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from captioner import images
 from captioner.bulk.job import Job
@@ -34,8 +34,7 @@ class Slice:
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+class Item(NamedTuple):
     """A photo to caption."""
 
     id: str  # stays the same from run to run: an absolute path
@@ -156,22 +155,29 @@ def folder(path: str, job: Job) -> Iterator[Item]:
     """The photos in a folder; see `images.walk`."""
     found = False
     absolute = os.path.abspath(path)  # noqa: PTH100
+    start = len(path.rstrip("/"))  # of the rest of a photo's path, which begins with a slash
     for photo, error in _walk(path, job):
         found = True
-        id_ = absolute + photo[len(path) :] if photo.startswith(path) else os.path.abspath(photo)  # noqa: PTH100
-        yield Item(id_, photo, photo, error=error) if error is not None else _of_file(photo, id_)
+        id_ = absolute + photo[start:] if start and photo != path else os.path.abspath(photo)  # noqa: PTH100
+        yield _of_file(photo, id_) if error is None else Item(id_, photo, photo, error=error)
     if not found:
         raise images.no_photo(path)
 
 
 def _walk(path: str, job: Job) -> Iterator[tuple[str, ImageError | None]]:
-    chosen, left_out = _matcher(job.include), _matcher(job.exclude)
-    for photo, error in images.walk(path, recursive=not job.not_recursive, hidden=job.hidden):
-        if error is None and (chosen or left_out):
-            inside = photo[len(path) :].lstrip("/")
-            if (chosen and not chosen(inside)) or (left_out and left_out(inside)):
-                continue
-        yield photo, error
+    photos = images.walk(path, recursive=not job.not_recursive, hidden=job.hidden)
+    return _chosen(photos, len(path), job) if job.include or job.exclude else photos
+
+
+def _chosen(
+    photos: Iterator[tuple[str, ImageError | None]], start: int, job: Job
+) -> Iterator[tuple[str, ImageError | None]]:
+    """The photos whose path, from a place on, matches the globs of a job."""
+    wanted, left_out = _matcher(job.include), _matcher(job.exclude)
+    for photo, error in photos:
+        inside = photo[start:].lstrip("/")
+        if error is not None or ((wanted is None or wanted(inside)) and (left_out is None or not left_out(inside))):
+            yield photo, error
 
 
 def _matcher(globs: tuple[str, ...]) -> Callable[[str], bool] | None:
