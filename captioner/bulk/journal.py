@@ -177,7 +177,7 @@ class Journal:
         """
         place = 0
         with ThreadPoolExecutor() if by_content else _no_pool() as pool:
-            for block in blocks(iter(items), lambda rest: itertools.islice(rest, _BLOCK)):
+            for block in _ahead(blocks(iter(items), lambda rest: itertools.islice(rest, _BLOCK))):
                 if not by_content and self._unchanged(place, block):
                     self.counts.known += len(block)
                     self.counts.found = place = place + len(block)
@@ -396,6 +396,15 @@ class _Known:
     sha256: str | None
     captioned: int
     aligned: bool = field(kw_only=True)  # in its place already
+
+
+def _ahead(found: Iterator[list[Item]]) -> Iterator[list[Item]]:
+    """Take the next list from the source, which waits for the file system, while this one is looked up."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        following = pool.submit(next, found, None)
+        while (block := following.result()) is not None:
+            following = pool.submit(next, found, None)
+            yield block
 
 
 @contextmanager
