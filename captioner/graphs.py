@@ -21,8 +21,8 @@ from captioner.tensors import Entry
 OPERATORS: Mapping[str, frozenset[str]] = {
     "": frozenset(
         """Abs Add AveragePool Cast Clip Concat Conv DequantizeLinear Div Flatten Gather GatherElements Gemm Identity
-        Log LogSoftmax MatMul Max MaxPool Mul QLinearConv QuantizeLinear ReduceL2 Relu Reshape Sigmoid Sign Slice Softmax
-        Split Sqrt Sub Tanh TopK Transpose Unsqueeze""".split()
+        Log LogSoftmax MatMul Max MaxPool Mul QLinearConv QuantizeLinear ReduceL2 Relu Reshape Sigmoid Sign Slice
+        Softmax Split Sqrt Sub Tanh TopK Transpose Unsqueeze""".split()
     ),
     "com.microsoft": frozenset("MatMulIntegerToFloat QLinearAdd QLinearAveragePool QLinearConcat".split()),
 }
