@@ -131,7 +131,7 @@ def thumbnail(path: str | Path, side: int) -> Image.Image:
     """
 
     def small(image: Image.Image, side: int) -> Image.Image:
-        rgb = _to_rgb(_upright(image))
+        rgb = _to_rgb(_upright(image)).copy()
         rgb.thumbnail((side, side))
         return rgb
 
@@ -447,7 +447,10 @@ def _decode(file: IO[bytes], name: str, size: int, finish: Callable[[Image.Image
                 if image.format not in ("JPEG", "MPO"):
                     raise
                 image = _without_end(file, name, size)
-            return finish(image, size)
+            try:
+                return finish(image, size)
+            finally:
+                image.close()  # before the next photo has its room
 
 
 def _open(file: IO[bytes], name: str) -> Image.Image:
@@ -524,7 +527,7 @@ def _to_array(image: Image.Image, size: int) -> Pixels:
         raise ImageError("image in memory: has no pixels; give one that has", "damaged")
     if image.tell():
         image.seek(0)
-    rgb = _to_rgb(_upright(image))
+    rgb = _to_rgb(_upright(image), size)
     if rgb.size != (size, size):
         rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
     # (height, width, 3) -> (3, height, width)
@@ -540,24 +543,30 @@ def _upright(image: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(image) if turned else image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, width: int | None = None) -> Image.Image:
+    """A photo in RGB; one that is transparent may come as narrow as it is going to be."""
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I") or image.mode == "F":
         return _from_deep_grey(np.asarray(image))
     if image.has_transparency_data:
-        return _on_background(image)
+        return _on_background(image, width)
     return image.convert("RGB")
 
 
-def _on_background(image: Image.Image) -> Image.Image:
-    """Lay a transparent photo on the background, a band of rows at a time: whole, it would be in memory four times."""
-    rgb = Image.new("RGB", image.size)
+def _on_background(image: Image.Image, width: int | None) -> Image.Image:
+    """Lay a transparent photo on the background, a band of rows at a time: whole, it would be in memory four times.
+
+    A band is narrowed at once, for resizing treats rows and columns one after the other; it may differ by rounding.
+    """
     rows = max(1, _FEW_PIXELS // image.width)
+    width = image.width if width is None or rows >= image.height else width
+    rgb = Image.new("RGB", (width, image.height))
     for top in range(0, image.height, rows):
         band = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
         canvas = Image.new("RGBA", band.size, (*_BACKGROUND, 255))
-        rgb.paste(Image.alpha_composite(canvas, band).convert("RGB"), (0, top))
+        opaque = Image.alpha_composite(canvas, band).convert("RGB")
+        rgb.paste(opaque.resize((width, band.height), Image.Resampling.BILINEAR), (0, top))
     return rgb
 
 
