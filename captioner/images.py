@@ -195,7 +195,8 @@ def walk(folder: str, *, recursive: bool = True, hidden: bool = False) -> Iterat
             continue
         if entry.name.startswith(".") and not hidden:
             continue
-        ending = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122 (a Path for each of a million names is slow)
+        dot = entry.name.rfind(".")
+        ending = entry.name[dot:].lower() if dot > 0 else ""
         if entry.is_symlink() and (reason := _why_lost(entry)):
             if ending in EXTENSIONS or not ending:  # without an ending, it may have led to a folder of photos
                 said = f"{entry.path}: is a link that leads nowhere ({reason}); mend or delete it"

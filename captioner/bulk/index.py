@@ -25,8 +25,17 @@ _BUILD = (
 #: Words that nearly every caption has; outside of phrases they tell nothing, and are left out of a query.
 _COMMON = frozenset("a an the of on in at to with and is are it its by for from up".split())
 
-#: So many of the photos that match are ranked: it is ranking that takes long when a word is in very many captions.
-_RANKED = 5000
+#: So many of the photos that match are put in order: a common word is in the captions of hundreds of thousands.
+_RANKED = 1000
+
+_SEARCH = """
+WITH best AS (SELECT rowid AS number FROM search WHERE search MATCH ?1 LIMIT ?3),
+     any_ AS (SELECT rowid AS number FROM search WHERE search MATCH ?2 LIMIT ?3),
+     matching AS (SELECT number, 0 AS rank FROM best UNION ALL
+                  SELECT number, 1 FROM any_ WHERE number NOT IN (SELECT number FROM best))
+SELECT id, image, json_extract(captions, '$[0][0]') FROM matching JOIN photos USING (number)
+ORDER BY rank, json_extract(captions, '$[0][2]') DESC, number LIMIT ?4
+"""
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,8 @@ def search(library: Path, query: str, limit: int = 20) -> list[Hit]:
 
     A query is words, all of which a photo must have, in any form ("dogs running" finds "a dog runs"); "phrases in
     quotes"; OR and NOT between them; brackets. Photos whose best caption matches come before those of which another
-    one does. Where more than some thousands match, those of them that come first in the library are ranked.
+    one does, and among them those of whose caption the model was surest. Where more than a thousand match, the order is
+    one among the first thousand of the library.
 
     Args:
         library: file that `captioner caption --output LIBRARY.db` wrote.
@@ -59,11 +69,6 @@ def search(library: Path, query: str, limit: int = 20) -> list[Hit]:
         CaptionerError: the library is not there, is in use or has no index, or the query cannot be understood.
     """
     words = understood(query)
-    statement = (
-        "WITH matching AS (SELECT rowid, bm25(search, 4.0, 1.0) AS rank FROM search WHERE search MATCH ? LIMIT ?) "
-        "SELECT id, image, json_extract(captions, '$[0][0]') FROM matching JOIN photos ON number = matching.rowid "
-        "ORDER BY matching.rank, number LIMIT ?"
-    )
     if not library.is_file():
         raise _no_library(library)
     base = sqlite3.connect(library, timeout=0)
@@ -71,7 +76,7 @@ def search(library: Path, query: str, limit: int = 20) -> list[Hit]:
         base.execute("PRAGMA query_only=1")
         if not is_journal(base):
             raise _no_library(library)
-        found = base.execute(statement, [words, _RANKED, limit]).fetchall()
+        found = base.execute(_SEARCH, [f"best : ({words})", words, _RANKED, limit]).fetchall()
     except sqlite3.Error as error:
         raise _explained(library, query, error) from None
     finally:

@@ -46,6 +46,7 @@ class Options:
     timeout: float = 120.0  # seconds after which a photo that is being decoded is set aside
     sidecar_names: Literal["photo.jpg.xmp", "photo.xmp"] = "photo.jpg.xmp"  # how XMP sidecars are named
     workers: int = 0  # threads; 0: one for each processor
+    ray: str | None = None  # address of a Ray cluster whose machines do the work; "local" starts one here
     quiet: bool = False  # show no progress
 
     def __post_init__(self) -> None:

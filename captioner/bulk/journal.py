@@ -177,7 +177,11 @@ class Journal:
         """
         place = 0
         with ThreadPoolExecutor() if by_content else _no_pool() as pool:
-            for block in blocks(iter(items), lambda rest: itertools.islice(rest, _BLOCK)):
+            for block in _ahead(blocks(iter(items), lambda rest: itertools.islice(rest, _BLOCK))):
+                if not by_content and self._unchanged(place, block):
+                    self.counts.known += len(block)
+                    self.counts.found = place = place + len(block)
+                    continue
                 hashes = list(pool.map(Item.sha256, block)) if pool is not None else [None] * len(block)
                 known = self._along(place, block)
                 placed = []
@@ -198,6 +202,26 @@ class Journal:
                 self.counts.found = place
                 if placed:
                     self._place(placed)
+
+    def _unchanged(self, place: int, block: Sequence[Item]) -> bool:
+        """Whether all photos of a block are done and in their places: quickly told, of a million in seconds."""
+        if not self._aligned:
+            return False
+        rows = self._execute(
+            "SELECT id, NULLIF(image, id), size, modified, captions IS NOT NULL FROM places JOIN photos USING (number) "
+            "WHERE place >= ? AND place < ? ORDER BY place",
+            [place, place + len(block)],
+        )
+        return rows == [
+            (
+                item.id if item.id.isascii() else _text(item.id),
+                None if item.image == item.id else _text(item.image),
+                item.size,
+                item.modified,
+                1,
+            )
+            for item in block
+        ]
 
     def _along(self, place: int, block: Sequence[Item]) -> dict[str, _Known]:
         """What is known of a block of photos, by id."""
@@ -372,6 +396,15 @@ class _Known:
     sha256: str | None
     captioned: int
     aligned: bool = field(kw_only=True)  # in its place already
+
+
+def _ahead(found: Iterator[list[Item]]) -> Iterator[list[Item]]:
+    """Take the next list from the source, which waits for the file system, while this one is looked up."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        following = pool.submit(next, found, None)
+        while (block := following.result()) is not None:
+            following = pool.submit(next, found, None)
+            yield block
 
 
 @contextmanager

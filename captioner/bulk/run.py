@@ -21,7 +21,7 @@ from captioner.bulk import index, pipeline, sidecars, sources, writers
 from captioner.bulk.job import SIDECARS, Job
 from captioner.bulk.journal import Counts, Found, Journal, Result, Todo
 from captioner.bulk.pipeline import Model, Seconds
-from captioner.errors import CaptionerError
+from captioner.errors import CaptionerError, ImageError
 from captioner.progress import Progress
 
 if TYPE_CHECKING:
@@ -74,12 +74,12 @@ class Report:
         return 1 if self.failed or self.counts.failed else 0
 
 
-def run(job: Job, model: Model, provenance: Provenance) -> Report:
+def run(job: Job, model: Model | Callable[[], Model], provenance: Provenance) -> Report:
     """Caption the photos of a job that are not done yet, and write the output.
 
     Args:
         job: which photos, and where the captions go.
-        model: what captions them.
+        model: what captions them, or a function that loads it (a cluster needs one, which is sent to its machines).
         provenance: what describes the model and the search options.
 
     Raises:
@@ -165,7 +165,7 @@ def _wanted(job: Job, provenance: Provenance, report: Report) -> Iterator[source
 
 def _caption(
     job: Job,
-    model: Model,
+    model: Model | Callable[[], Model],
     provenance: Provenance,
     journal: Journal,
     todo: Iterator[Todo],
@@ -175,32 +175,73 @@ def _caption(
     report: Report,
 ) -> None:
     """Caption what is to be done, and commit it to the journal."""
-    wanted, ahead = itertools.tee(todo)
-    results = pipeline.caption(
-        model,
-        (each.item for each in wanted),
-        provenance.options,
-        workers=job.workers,
-        timeout=job.timeout,
-        hashed=job.details or job.by_content,
-        seconds=seconds,
-        stopped=lambda: bool(received),
-    )
+    results = _on_cluster if job.ray is not None else _here
     pending: list[Result] = []
     committed = time.monotonic()
     try:
-        for (_, result), each in zip(results, ahead, strict=False):
-            done = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            outcome = result.error or [Found(c.text, c.logprob, c.score, c.satisfied) for c in result.captions]
-            pending.append((each, outcome, result.sha256, done))
-            report.failed += result.error is not None
-            report.captioned += result.error is None
+        for result in results(job, model, provenance, todo, seconds, lambda: bool(received)):
+            pending.append(result)
+            report.failed += isinstance(result[1], ImageError)
+            report.captioned += not isinstance(result[1], ImageError)
             if len(pending) >= _COMMIT_ROWS or time.monotonic() - committed > _COMMIT_SECONDS:
                 batch, pending, committed = pending, [], time.monotonic()
                 journal.record(batch)
                 show(journal.counts.known + report.captioned + report.failed, report.failed)
     finally:  # the source may end in an error
         journal.record(pending)
+
+
+def _here(
+    job: Job,
+    model: Model | Callable[[], Model],
+    provenance: Provenance,
+    todo: Iterator[Todo],
+    seconds: Seconds,
+    stopped: Callable[[], bool],
+) -> Iterator[Result]:
+    wanted, ahead = itertools.tee(todo)
+    results = pipeline.caption(
+        model() if callable(model) else model,
+        (each.item for each in wanted),
+        provenance.options,
+        workers=job.workers,
+        timeout=job.timeout,
+        hashed=job.details or job.by_content,
+        seconds=seconds,
+        stopped=stopped,
+    )
+    for (_, result), each in zip(results, ahead, strict=False):
+        found = [Found(c.text, c.logprob, c.score, c.satisfied) for c in result.captions]
+        yield each, result.error or found, result.sha256, _now()
+
+
+def _on_cluster(
+    job: Job,
+    model: Model | Callable[[], Model],
+    provenance: Provenance,
+    todo: Iterator[Todo],
+    seconds: Seconds,
+    stopped: Callable[[], bool],
+) -> Iterator[Result]:
+    from captioner.bulk import cluster
+
+    assert callable(model), "a cluster loads the model itself"
+    assert job.ray is not None
+    yield from cluster.caption(
+        model,
+        todo,
+        provenance.options,
+        address=job.ray,
+        workers=job.workers,
+        timeout=job.timeout,
+        hashed=job.details or job.by_content,
+        now=_now,
+        stopped=stopped,
+    )
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _write(job: Job, provenance: Provenance, journal: Journal, report: Report) -> None:

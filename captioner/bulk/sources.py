@@ -15,7 +15,8 @@ import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 from captioner import images
 from captioner.bulk.job import Job
@@ -35,12 +36,18 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class Remote:
+    """A file somewhere else, by an address that fsspec knows, such as `s3://bucket/photo.jpg`."""
+
+    url: str
+
+
+class Item(NamedTuple):
     """A photo to caption."""
 
     id: str  # stays the same from run to run: an absolute path
     image: str  # path as found; in a shard, "shard.tar/member.jpg"; in Parquet, "file.parquet/row"
-    content: str | bytes | Slice  # the photo, or the path of its file
+    content: str | bytes | Slice | Remote  # the photo, or the path of its file
     size: int = -1  # bytes; -1 where there is no file
     modified: int = -1  # time of the last change, nanoseconds since 1970
     error: ImageError | None = None  # why there is no photo
@@ -51,6 +58,9 @@ class Item:
         Raises:
             OSError: the shard cannot be read any more.
         """
+        if isinstance(self.content, Remote):
+            with _fsspec().open(self.content.url, "rb") as file:
+                return bytes(file.read())
         if not isinstance(self.content, Slice):
             return self.content
         with open(self.content.path, "rb") as shard:  # noqa: PTH123 (str)
@@ -133,12 +143,13 @@ def check(path: str) -> None:
     Raises:
         ImageError: it is not there, or may not be looked at.
     """
-    from pathlib import Path
-
-    images.is_folder(Path(path))
+    if not _is_remote(path):
+        images.is_folder(Path(path))
 
 
 def _source(path: str) -> Callable[[str, Job], Iterator[Item]]:
+    if _is_remote(path):
+        return remote
     if os.path.isdir(path):  # noqa: PTH112
         return folder
     ending = os.path.splitext(path)[1].lower()  # noqa: PTH122
@@ -156,22 +167,29 @@ def folder(path: str, job: Job) -> Iterator[Item]:
     """The photos in a folder; see `images.walk`."""
     found = False
     absolute = os.path.abspath(path)  # noqa: PTH100
+    start = len(path.rstrip("/"))  # of the rest of a photo's path, which begins with a slash
     for photo, error in _walk(path, job):
         found = True
-        id_ = absolute + photo[len(path) :] if photo.startswith(path) else os.path.abspath(photo)  # noqa: PTH100
-        yield Item(id_, photo, photo, error=error) if error is not None else _of_file(photo, id_)
+        id_ = absolute + photo[start:] if start and photo != path else os.path.abspath(photo)  # noqa: PTH100
+        yield _of_file(photo, id_) if error is None else Item(id_, photo, photo, error=error)
     if not found:
         raise images.no_photo(path)
 
 
 def _walk(path: str, job: Job) -> Iterator[tuple[str, ImageError | None]]:
-    chosen, left_out = _matcher(job.include), _matcher(job.exclude)
-    for photo, error in images.walk(path, recursive=not job.not_recursive, hidden=job.hidden):
-        if error is None and (chosen or left_out):
-            inside = photo[len(path) :].lstrip("/")
-            if (chosen and not chosen(inside)) or (left_out and left_out(inside)):
-                continue
-        yield photo, error
+    photos = images.walk(path, recursive=not job.not_recursive, hidden=job.hidden)
+    return _chosen(photos, len(path), job) if job.include or job.exclude else photos
+
+
+def _chosen(
+    photos: Iterator[tuple[str, ImageError | None]], start: int, job: Job
+) -> Iterator[tuple[str, ImageError | None]]:
+    """The photos whose path, from a place on, matches the globs of a job."""
+    wanted, left_out = _matcher(job.include), _matcher(job.exclude)
+    for photo, error in photos:
+        inside = photo[start:].lstrip("/")
+        if error is not None or ((wanted is None or wanted(inside)) and (left_out is None or not left_out(inside))):
+            yield photo, error
 
 
 def _matcher(globs: tuple[str, ...]) -> Callable[[str], bool] | None:
@@ -250,6 +268,37 @@ def shard(path: str, job: Job) -> Iterator[Item]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         said = ImageError(f"{path}: is no tar, or is damaged ({reason}); fetch the shard again", "damaged")
         yield Item(absolute, path, path, error=said)
+
+
+def _is_remote(path: str) -> bool:
+    return "://" in path and not re.match(r"https?:", path)
+
+
+def _fsspec() -> Any:
+    try:
+        import fsspec
+    except ImportError:
+        raise missing_extra("ray", "fsspec") from None
+    return fsspec
+
+
+def remote(path: str, job: Job) -> Iterator[Item]:
+    """A photo, or the photos in a folder, at an address that fsspec knows."""
+    try:
+        system, root = _fsspec().core.url_to_fs(path)
+        found = system.find(root, maxdepth=1 if job.not_recursive else None, detail=True)
+    except (OSError, ValueError, ImportError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CaptionerError(
+            f"{path}: cannot be looked at ({reason}); give a photo or folder that may be read"
+        ) from None
+    if not found:
+        raise images.no_photo(path)
+    for name in sorted(found):
+        if os.path.splitext(name)[1].lower() in images.EXTENSIONS:  # noqa: PTH122
+            url, about = system.unstrip_protocol(name), found[name]
+            stamp = int(about["mtime"] * 1e9) if isinstance(about.get("mtime"), float) else -1
+            yield Item(url, url, Remote(url), int(about.get("size") or -1), stamp)
 
 
 def parquet(path: str, job: Job) -> Iterator[Item]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -105,7 +106,9 @@ def _bulk(job: Job, chosen: CaptionArguments) -> int:
         options=options,
         engine=type(captioner.engine).__name__,
     )
-    report = run.run(job, captioner, provenance)
+    # Machines of a cluster load the model themselves: one in the package, or in a folder that all of them see.
+    load = functools.partial(chosen.engine.load, chosen.model) if job.ray is not None else None
+    report = run.run(job, load or captioner, provenance)
     output.say(run.summary(report))
     for line in run.advice(report):
         output.say(line)

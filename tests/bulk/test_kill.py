@@ -76,7 +76,7 @@ def clean(job, folder, home):
 def test_killed_at_random_moments(album, tmp_path, monkeypatch, format_):
     if format_ == "parquet":
         pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr(pipeline, "_CHUNK", 3)
+    monkeypatch.setattr(pipeline, "CHUNK", 3)
     monkeypatch.setattr(run, "_COMMIT_ROWS", 4)
     output = FORMATS[format_] and tmp_path / FORMATS[format_]
     job = Job(photos=(str(album),), output=output, format=format_, quiet=True, workers=2)

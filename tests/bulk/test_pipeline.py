@@ -31,7 +31,7 @@ def items(paths):
 @pytest.mark.parametrize("chunk", [1, 2, 3, 64])
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_each_photo_comes_once_and_in_its_place(photos, monkeypatch, chunk, workers):
-    monkeypatch.setattr(pipeline, "_CHUNK", chunk)
+    monkeypatch.setattr(pipeline, "CHUNK", chunk)
     found = list(caption_photos(Fake(), photos, workers=workers))
     assert [each.path for each in found] == photos
     for number, each in enumerate(found):
@@ -57,7 +57,7 @@ def test_only_bad_photos_and_none(photos):
 
 def test_no_more_photos_are_read_than_are_asked_for(photos, monkeypatch):
     """A million photos are not in memory before the first caption."""
-    monkeypatch.setattr(pipeline, "_CHUNK", 4)
+    monkeypatch.setattr(pipeline, "CHUNK", 4)
     taken = 0
 
     def many():
@@ -75,8 +75,8 @@ def test_no_more_photos_are_read_than_are_asked_for(photos, monkeypatch):
 def test_few_photos_are_divided_equally():
     sizes = lambda count, workers: [len(chunk) for chunk in pipeline._chunks(items(range(count)), workers)]  # noqa: E731
     assert sizes(10, 2) == [5, 5]
-    assert sizes(512, 2) == [256, 256]
-    assert sizes(1000, 2) == [256, 256, 244, 244]
+    assert sizes(128, 2) == [64, 64]
+    assert sizes(250, 2) == [64, 64, 61, 61]
     assert sizes(1, 8) == [1]
 
 
@@ -147,7 +147,7 @@ def test_a_photo_that_takes_too_long_is_set_aside(photos, monkeypatch):
 
 
 def test_work_that_is_stopped_finishes_the_chunks_in_hand(photos, monkeypatch):
-    monkeypatch.setattr(pipeline, "_CHUNK", 2)
+    monkeypatch.setattr(pipeline, "CHUNK", 2)
     stop = []
     found = []
     for item, _ in pipeline.caption(Fake(0.001), items(photos[:2] * 200), workers=2, stopped=lambda: bool(stop)):

@@ -214,7 +214,7 @@ def test_a_second_process_is_refused(album, output):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_photos_in_hand(album, output, monkeypatch, number):
-    monkeypatch.setattr(pipeline, "_CHUNK", 1)
+    monkeypatch.setattr(pipeline, "CHUNK", 1)
     thread = threading.Timer(0.15, os.kill, (os.getpid(), number))
     thread.start()
     job = Job(photos=(str(album),), output=output, quiet=True, workers=1)

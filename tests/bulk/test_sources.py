@@ -61,6 +61,8 @@ def test_ids_do_not_depend_on_where_the_command_is_given(album, monkeypatch):
         == [item.id for item in found(album, album / "b.png")]
     )
     assert relative[0].image == "album/a/1.png"
+    for other_name in ("../album", "../album/", "./"):
+        assert [item.id for item in found(other_name)] == [item.id for item in other[:-1]]
     assert Path(other[0].image) == Path("a/1.png")
 
 
