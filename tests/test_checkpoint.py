@@ -978,9 +978,7 @@ def test_reading_while_another_saves(folder: Path) -> None:
 
 def test_only_a_model_is_replaced(folder: Path, tmp_path: Path) -> None:
     (folder / "thesis.tex").write_text("three years of work")
-    with pytest.raises(
-        CheckpointError, match=r"files that are not of a model \(thesis.tex\); choose another"
-    ):
+    with pytest.raises(CheckpointError, match=r"files that are not of a model \(thesis.tex\); choose another"):
         make_model(seed=1).save_pretrained(folder)
     assert (folder / "thesis.tex").read_text() == "three years of work"
     (tmp_path / "file").write_text("text")
