@@ -78,7 +78,6 @@ _TRAINING: Mapping[str, Any] = {
     "seed": int,
     "seconds": float,
     "scores": dict[str, float],
-    "scores_before_packing": dict[str, float],
 }
 #: The same of an export.
 _EXPORT: Mapping[str, Any] = {
@@ -104,14 +103,13 @@ class Checkpoint:
     export: Mapping[str, Any] | None = None  # how `onnx/` was made, and its hashes; None: there is no such folder
 
 
-def write(folder: Path, checkpoint: Checkpoint, card: str, *, packed: bool = False) -> None:
+def write(folder: Path, checkpoint: Checkpoint, card: str) -> None:
     """Write the files of a model into a folder.
 
     Args:
         folder: exists; best the one that `replacing` yields. Of an exported model, it has the files of `onnx/` already.
         checkpoint: the model. Without a `decoder_state`, its weights are those of `onnx/` alone.
         card: the text of README.md.
-        packed: write the weights in 8 bits, see `tensors.pack`.
 
     Raises:
         CheckpointError: an entry of `training` or `export` has the wrong type: the model could not be read again.
@@ -122,7 +120,6 @@ def write(folder: Path, checkpoint: Checkpoint, card: str, *, packed: bool = Fal
     if checkpoint.decoder_state:
         state = {_DECODER + name: array for name, array in checkpoint.decoder_state.items()}
         state |= {_ENCODER + name: array for name, array in (checkpoint.encoder_state or {}).items()}
-        state = tensors.pack(state) if packed else state
         # The library reads memory as it lies. `save_file` would keep the file from everyone else.
         (folder / WEIGHTS).write_bytes(save({name: _in_order(array) for name, array in state.items()}))
         hashed.insert(0, WEIGHTS)
@@ -219,7 +216,7 @@ def _read(folder: Path, weights: bool) -> Checkpoint:
     inside = WEIGHTS in config.sha256 or config.export is None  # else onnx/ has the weights in 8 bits, and alone
     place = WEIGHTS if inside and (weights or config.export is None) else f"{EXPORTED}/{WEIGHTS}"
     hashes = config.sha256 if place == WEIGHTS else (config.export or {})["sha256"]
-    if weights:
+    if weights or config.export is None:
         _check_file(folder / place, hashes.get(place))
     header = _header(folder / place)
     if different := _unexpected(config, header, place):

@@ -119,8 +119,8 @@ def model_card(saved: Checkpoint) -> str:
         raise missing_extra("train", "huggingface_hub") from None
     training, export = saved.training, saved.export or {}
     exported = export.get("scores_after", {})
-    trained, packed = training.get("scores", {}), training.get("scores_before_packing", {})
-    scores = exported or trained or packed
+    trained = training.get("scores", {})
+    scores = exported or trained
     name = "image captioning model"
     results = [
         EvalResult(
@@ -144,8 +144,7 @@ def model_card(saved: Checkpoint) -> str:
     lines = ["---", front.to_yaml(line_break="\n").strip(), "---", "", f"# {name.capitalize()}", "", *_about(saved)]
     if scores:
         search = f"beam {saved.decoding.beam_size}" if saved.decoding.beam_size > 1 else "greedy search"
-        when = ", before its weights were rounded to 8 bits" if packed and not (exported or trained) else ""
-        lines += ["", f"Scores on the validation split ({search}{when}):", ""]
+        lines += ["", f"Scores on the validation split ({search}):", ""]
         before = export.get("scores_before", {})
         if exported and before:
             lines += ["| score | before the export | exported |", "|---|---|---|"]

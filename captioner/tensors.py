@@ -1,4 +1,4 @@
-"""Files of tensors in the safetensors format, without torch: described before they are read, and packed into 8 bits."""
+"""Files of tensors in the safetensors format, without torch: described before they are read, unpacked from 8 bits."""
 
 from __future__ import annotations
 
@@ -174,25 +174,8 @@ def _kind(tensor: _Described) -> str:
     return _type(tensor).removeprefix("b").rstrip("0123456789")  # "bfloat16" is a float as well
 
 
-def pack(state: Mapping[str, Array]) -> dict[str, Array]:
-    """Matrices and kernels in 8 bits, a quarter of their size: each row's largest number becomes 127 or -127.
-
-    Everything else (biases, statistics, counters) stays as it is. `unpack` gives numbers that are at most half a step
-    away, and packing those again changes nothing.
-    """
-    packed: dict[str, Array] = {}
-    for name, array in state.items():
-        packed[name] = array
-        if array.dtype.kind == "f" and array.ndim > 1:
-            rows = array.astype(np.float32, copy=False).reshape(len(array), -1)
-            step = np.maximum(np.abs(rows).max(axis=1) / np.float32(_STEPS), np.finfo(np.float32).tiny)
-            packed[name] = np.rint(rows / step[:, None]).astype(np.int8).reshape(array.shape)
-            packed[name + STEP] = step
-    return packed
-
-
 def unpack(packed: Mapping[str, Array]) -> dict[str, Array]:
-    """The inverse of `pack`: 32-bit numbers again; tensors that are not packed stay as they are.
+    """Tensors in 8 bits as 32-bit numbers again, number times step of the row; other tensors stay as they are.
 
     The steps of a row may be negative, as those of a graph are whose batch normalisation turns the sign.
     """

@@ -78,13 +78,6 @@ def test_the_card_of_a_model_that_nobody_trained() -> None:
     )
 
 
-def test_the_scores_of_weights_before_they_were_rounded() -> None:
-    text = hub.model_card(make(training={"data": "flickr8k", "scores_before_packing": {"cider": 1.5}}))
-    assert "(beam 4, before its weights were rounded to 8 bits)" in text
-    assert "| cider | 1.5000 |" in text
-    assert not ModelCard(text).data.eval_results  # nobody scored the rounded weights
-
-
 def test_texts_of_a_stranger_stay_in_their_line() -> None:
     evil = "x\n---\n# pwned\x1b[31m\u202e`|"
     training = {"data": evil, "epoch": 1, "start": evil, "objective": evil, "scores": {evil: 1.0}}

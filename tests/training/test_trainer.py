@@ -576,10 +576,10 @@ def test_a_disk_that_fills_while_saving(
         scores_in_order(patch, 0.1, 0.2, 0.3)
         save, write_text = checkpoint.write, files.write
 
-        def fail_to_save(folder: Path, saved: checkpoint.Checkpoint, card: str, *, packed: bool = False) -> None:
+        def fail_to_save(folder: Path, saved: checkpoint.Checkpoint, card: str) -> None:
             if saved.training["epoch"] == 2 and fails in folder.name:
                 raise full
-            save(folder, saved, card, packed=packed)
+            save(folder, saved, card)
 
         def fail_to_write(path: Path, text: str) -> None:
             if fails in path.name and (tmp_path / "run" / "last").exists():
