@@ -161,7 +161,9 @@ def _explained(error: Exception, name: str) -> ImageError:
     return ImageError(f"{name}: cannot be decoded ({reason}); the file is damaged or of an unknown kind", "damaged")
 
 
-def walk(folder: str, *, recursive: bool = True, hidden: bool = False) -> Iterator[tuple[str, ImageError | None]]:
+def walk(
+    folder: str, *, recursive: bool = True, hidden: bool = False, other: list[str] | None = None
+) -> Iterator[tuple[str, ImageError | None]]:
     """List the photos in a folder, in the order of their names, and the places that cannot be looked at.
 
     Links are followed. A folder is searched once, however many links lead to it, so that loops end. The memory in use
@@ -172,12 +174,12 @@ def walk(folder: str, *, recursive: bool = True, hidden: bool = False) -> Iterat
         recursive: whether folders inside it are searched too.
         hidden: whether to list names that begin with a dot; macOS leaves `._photo.jpg` beside each photo on a foreign
             disk.
+        other: list to which photos in formats that cannot be read are added.
 
     Yields:
         The path of a photo; or the path of a folder that may not be read or a link that leads nowhere, and the error.
     """
     searched: set[tuple[int, int]] = set()  # folders, by device and number
-    other: list[str] = []
     levels: list[Iterator[os.DirEntry[str]]] = []
     enter: str | None = folder
     while enter or levels:
@@ -205,10 +207,8 @@ def walk(folder: str, *, recursive: bool = True, hidden: bool = False) -> Iterat
             enter = entry.path if recursive else None
         elif ending in EXTENSIONS:
             yield entry.path, None
-        elif ending in _OTHER_PHOTOS:
+        elif other is not None and ending in _OTHER_PHOTOS:
             other.append(entry.path)
-    if other:
-        log.warning("in other formats, and left out: %d, e.g. %s; convert them to JPEG", len(other), other[0])
 
 
 def _entries(folder: str, searched: set[tuple[int, int]]) -> list[os.DirEntry[str]]:
@@ -249,15 +249,22 @@ def find(paths: Iterable[Path]) -> list[Path]:
         if not is_folder(path):
             found.append(path)
             continue
-        before = len(found)
-        for photo, error in walk(str(path)):
+        before, other = len(found), list[str]()
+        for photo, error in walk(str(path), other=other):
             if error is None:
                 found.append(Path(photo))
             else:
                 log.warning("%s", error)
+        say_left_out(other)
         if len(found) == before:
             raise no_photo(path)
     return found
+
+
+def say_left_out(other: Sequence[str]) -> None:
+    """Log the photos in formats that cannot be read; see `walk`."""
+    if other:
+        log.warning("in other formats, and left out: %d, e.g. %s; convert them to JPEG", len(other), other[0])
 
 
 def is_folder(path: Path) -> bool:
