@@ -38,6 +38,9 @@ CHUNK = 64
 #: Bytes of photos in memory that a worker takes at once (those of Parquet files; others are read one at a time).
 _CHUNK_BYTES = 32 << 20
 
+#: Seconds that threads have at the end to finish the photo that they are at.
+_PATIENCE = 5.0
+
 #: Seconds between two looks at whether a photo takes too long.
 _LOOK = 0.2
 
@@ -179,6 +182,7 @@ def _block(items: Iterator[Item], workers: int) -> Iterator[Item]:
 class _Attempt:
     """A thread's work on a chunk."""
 
+    thread: threading.Thread = field(default_factory=threading.current_thread)
     decoding: tuple[int, float] | None = None  # which photo, since when
     given_up: bool = False
 
@@ -264,14 +268,15 @@ class _Crew:
         self._chunks: queue.SimpleQueue[_Chunk | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._active: set[_Chunk] = set()
-        self._hired = 0
+        self._threads: list[threading.Thread] = []
         for _ in range(workers):
             self._hire()
 
     def _hire(self) -> None:
         # Daemons: a thread that hangs, for example in a lost network drive, must not keep the process alive.
-        threading.Thread(target=self._work, daemon=True).start()
-        self._hired += 1
+        thread = threading.Thread(target=self._work, daemon=True)
+        thread.start()
+        self._threads.append(thread)
 
     def _work(self) -> None:
         while (chunk := self._chunks.get()) is not None:
@@ -322,13 +327,21 @@ class _Crew:
         chunk.attempt.given_up = True
         chunk.set_aside = {**chunk.set_aside, index: ImageError(said, "timeout")}
         self._active.discard(chunk)
+        self._threads = [thread for thread in self._threads if thread is not chunk.attempt.thread]
         self._chunks.put(chunk)
         self._hire()
 
     def dismiss(self) -> None:
-        """Let the threads go when they have finished the chunks that they are at."""
+        """Let the threads go, but for one that hangs: a process that ends under a thread in foreign code may abort."""
         with suppress(queue.Empty):
             while True:
                 self._chunks.get_nowait()
-        for _ in range(self._hired):
+        with self._changed:
+            for chunk in self._active:
+                if chunk.attempt is not None:
+                    chunk.attempt.given_up = True
+        for _ in self._threads:
             self._chunks.put(None)
+        until = time.monotonic() + _PATIENCE
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))

@@ -127,7 +127,7 @@ def check(job: Job) -> None:
     """
     format_ = job.resolved_format()
     for path in job.photos:
-        sources.check(path)
+        sources.check(path, job)
     if not job.photos and job.list is None:
         raise CaptionerError("there is nothing to caption; give photos, folders, shards, or --list FILE")
     if format_ in SIDECARS and any(path.lower().endswith((".tar", ".parquet")) for path in job.photos):

@@ -89,7 +89,7 @@ def find(job: Job) -> Iterator[Item]:
         CaptionerError: a path of the job does not exist, or is of a kind that cannot be read.
     """
     for path in job.photos:
-        check(path)
+        check(path, job)
     for path in job.photos:
         yield from _source(path)(path, job)
     if job.list is not None:
@@ -137,14 +137,14 @@ def holds_many(path: str) -> bool:
     return _source(path) is not file
 
 
-def check(path: str) -> None:
-    """Refuse a path that a user gave and that is not there.
+def check(path: str, job: Job) -> None:
+    """Refuse a path that a user gave and that leads to no photo, before work begins on others.
 
     Raises:
-        ImageError: it is not there, or may not be looked at.
+        ImageError: it is not there or may not be looked at, or is a folder without a photo.
     """
-    if not _is_remote(path):
-        images.is_folder(Path(path))
+    if not _is_remote(path) and images.is_folder(Path(path)) and next(_walk(path, job), None) is None:
+        raise images.no_photo(path)
 
 
 def _source(path: str) -> Callable[[str, Job], Iterator[Item]]:

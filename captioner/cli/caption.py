@@ -74,7 +74,7 @@ def command(arguments: Sequence[str], prog: str) -> int:
     from captioner.bulk import sources
 
     for path in chosen.photos:
-        sources.check(path)
+        sources.check(path, job)
         if chosen.output is not None and _same(chosen.output, Path(path)):
             raise CaptionerError(f"{chosen.output}: is one of the photos; give another --output")
     captioner = chosen.engine.load(chosen.model)
