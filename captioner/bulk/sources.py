@@ -12,7 +12,6 @@ import os
 import re
 import stat
 import sys
-import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -246,6 +245,8 @@ def shard(path: str, job: Job) -> Iterator[Item]:
 
     A shard that breaks off yields the photos before its end, and an error.
     """
+    import tarfile
+
     absolute = os.path.abspath(path)  # noqa: PTH100
     try:
         status = os.stat(path)  # noqa: PTH116
