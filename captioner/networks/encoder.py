@@ -24,18 +24,22 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from captioner.config import FEATURE_SIZE, EncoderConfig, EncoderName
 from captioner.errors import CaptionerError, WeightsError
-from captioner.networks import cnn, weights
+from captioner.networks import cnn, efficientnet, weights
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _Tap:
-    """Where a network of torchvision yields 4096 numbers."""
+    """Where a network yields 4096 numbers, and what photos it expects."""
 
     layer: str  # name of the layer whose output is taken
     grid: tuple[int, int] | None = None  # rows, columns that its map is averaged onto; None: the layer is 4096 wide
     smallest: int = 32  # height and width of the smallest photo that something is left of, in pixels
+    # mean and standard deviation of the RGB values, 0 to 255, that its weights were trained with: ImageNet's, of all of
+    # torchvision's
+    mean: tuple[float, float, float] = (0.485 * 255, 0.456 * 255, 0.406 * 255)
+    std: tuple[float, float, float] = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
 
 _TAPS: dict[EncoderName, _Tap] = {
@@ -50,14 +54,15 @@ _TAPS: dict[EncoderName, _Tap] = {
     "googlenet": _Tap("inception5b", grid=(2, 2)),  # 1024 channels
     "tiny": _Tap("features", grid=(8, 8)),  # 64 channels
     "mini": _Tap("features", grid=(2, 2)),  # 1024 channels
+    "efficientnet_lite2": _Tap("features", grid=(2, 2), mean=(127.0,) * 3, std=(128.0,) * 3),  # 1024 channels
 }
 
 #: The networks that are not torchvision's.
-OWN: dict[EncoderName, Callable[[], nn.Module]] = {"tiny": cnn.tiny, "mini": cnn.mini}
-
-# Mean and standard deviation of ImageNet's RGB values, 0 to 255, that all of torchvision's weights were trained with.
-_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
-_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+OWN: dict[EncoderName, Callable[[], nn.Module]] = {
+    "tiny": cnn.tiny,
+    "mini": cnn.mini,
+    "efficientnet_lite2": efficientnet.efficientnet_lite2,
+}
 
 
 class Encoder(nn.Module):
@@ -100,12 +105,12 @@ class Encoder(nn.Module):
             _fill(self.body, state, head, f"{config.name} weights ({config.weights})")
         elif not trainable:
             log.warning("the weights of %s are random: good for tests, not for photos", config.name)
-        self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(tap.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(tap.std).view(3, 1, 1), persistent=False)
         self.trainable = trainable
         # Whether `config.weights` says where these very weights are to be had: not if they are given or random, change,
         # or come with this version of the package.
-        own = config.weights == "default" and config.name in OWN
+        own = config.weights == "default" and config.name == "mini"
         self.elsewhere = not (given or trainable or own or config.weights == "random")
         self.requires_grad_(trainable)
         self.to(memory_format=torch.channels_last)
@@ -127,7 +132,7 @@ class Encoder(nn.Module):
             images: RGB, 0 to 255, as `images.load` gives them.
 
         Returns:
-            One row of 4096 non-negative numbers a photo.
+            One row of 4096 numbers a photo; of most networks they are not negative.
         """
         return self.flatten(self.map(images))
 
@@ -145,7 +150,7 @@ class Encoder(nn.Module):
         return tapped
 
     def standardise(self, images: Tensor) -> Float[Tensor, "batch 3 height width"]:
-        """Photos as the network expects them: 0 to 255 in, mean 0 and deviation 1 over the photos of ImageNet out."""
+        """Photos as the network expects them: 0 to 255 in; out about -1 to 1, or with ImageNet's mean and deviation."""
         return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def flatten(self, tapped: Tensor) -> Float[Tensor, "batch 4096"]:
@@ -185,6 +190,8 @@ def _read(config: EncoderConfig) -> Mapping[str, Tensor]:
         return weights.below(
             "encoder.", weights.unpack(weights.read(weights.PRETRAINED / "mini" / "model.safetensors"))
         )
+    if config.name == "efficientnet_lite2" and config.weights == "default":
+        return efficientnet.renamed(weights.read(efficientnet.default_weights()))
     if config.weights == "default":
         return _download(config.name)
     path = Path(config.weights)
@@ -193,7 +200,8 @@ def _read(config: EncoderConfig) -> Mapping[str, Tensor]:
             f"{path}: no such weight file for {config.name}; give a .safetensors or .pth file, or use the CNN in the "
             "box: --encoder.name mini --encoder.image-size 144 --encoder.weights default"
         )
-    return weights.read(path)
+    state = weights.read(path)
+    return efficientnet.renamed(state) if config.name == "efficientnet_lite2" else state
 
 
 def _download(name: EncoderName) -> Mapping[str, Tensor]:

@@ -1,0 +1,169 @@
+"""The decoder and the CNN's last stages learn together from photos and their captions.
+
+    python -m recipes.mini.joint DATA CACHE OUTPUT --language language.pt --epochs 12
+
+Goes on with what OUTPUT holds. Every batch holds all captions of its photos, so the CNN looks at a photo once. The
+weights that are kept are exponential moving averages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from captioner.datasets.annotations import load
+from recipes.mini import common
+from recipes.mini.late import Late, pretrained
+
+_EVALUATED_TOGETHER = 100
+
+
+class Maps:
+    """Maps of the frozen stages, see `recipes.mini.views`."""
+
+    def __init__(self, cache: Path, split: str) -> None:
+        self._cache, self._split = cache, split
+        self.views = [np.load(file, mmap_mode="r") for file in sorted(cache.glob(f"{split}-*.npy"))]
+
+    def look_again(self) -> None:
+        """Open views that were written meanwhile."""
+        self.__init__(self._cache, self._split)  # type: ignore[misc]
+
+    def __call__(self, rows: np.ndarray, views: np.ndarray) -> Tensor:
+        """(photos, 12, 12, 88) in bfloat16."""
+        maps = np.stack([self.views[view][row] for row, view in zip(rows, views, strict=True)])
+        return torch.from_numpy(maps).view(torch.bfloat16)
+
+
+@torch.inference_mode()
+def features(late: Late, maps: Maps, view: int = 0) -> Tensor:
+    """4096 numbers of each photo, in the arithmetic of training."""
+    count = len(maps.views[view])
+    parts = []
+    for rows in common.chunks(np.arange(count), _EVALUATED_TOGETHER):
+        with torch.autocast("cpu", torch.bfloat16):
+            parts.append(late(maps(rows, np.full(len(rows), view))).float())
+    return torch.cat(parts)
+
+
+def groups_of(late: Late, rate: float, decay: float) -> list[dict[str, object]]:
+    """Parameters of the CNN, with a learning rate for each.
+
+    Adam moves a weight by about its learning rate a step, whatever the scale of the weights; `rate` is a share of
+    the root mean square of a tensor. Each stage nearer to the photo gets `decay` times the rate of the one behind it.
+    """
+    stages: list[nn.Module] = [*late.units, late.head, late.projection]
+    groups: list[dict[str, object]] = []
+    for number, stage in enumerate(stages):
+        share = rate * decay ** (len(stages) - 1 - number)
+        for parameter in stage.parameters():
+            scale = max(float(parameter.detach().square().mean().sqrt()), 0.01)
+            groups.append({"params": [parameter], "full": share * scale, "lr": share * scale})
+    return groups
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("cache", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--language", type=Path)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--photos", type=int, default=64, help="a step")
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--cnn-rate", type=float, default=1e-3, help="a share of a tensor's root mean square; 0: frozen")
+    parser.add_argument("--cnn-decay", type=float, default=0.9)
+    parser.add_argument("--cnn-from", type=float, default=1, help="epochs before the CNN learns too")
+    parser.add_argument("--average", type=float, default=0.998)
+    parser.add_argument("--every", type=int, default=2, help="epochs between validations")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    data = load(arguments.data, check_images=False)
+    vocabulary = common.vocabulary_of(data)
+    train, val = (common.Set.of(data.split(split), vocabulary) for split in ("train", "val"))
+    captions_of = train.by_photo()
+    maps, val_maps = Maps(arguments.cache, "train"), Maps(arguments.cache, "val")
+
+    torch.manual_seed(arguments.seed)
+    decoder = common.new_decoder(vocabulary)
+    if arguments.language:
+        decoder.load_state_dict(torch.load(arguments.language))
+    late = Late(pretrained())
+    network = nn.ModuleDict({"late": late, "decoder": decoder})
+    groups = [{"params": list(decoder.parameters()), "full": arguments.rate, "lr": arguments.rate}]
+    groups += groups_of(late, arguments.cnn_rate, arguments.cnn_decay)
+    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.98), fused=True)
+    average = common.Average(network, arguments.average)
+    steps_an_epoch = -(-len(captions_of) // arguments.photos)
+    steps, step, first = arguments.epochs * steps_an_epoch, 0, 0
+    last = arguments.output / "last.pt"
+    if last.exists():
+        saved = torch.load(last)
+        network.load_state_dict(saved["network"])
+        optimiser.load_state_dict(saved["optimiser"])
+        average.state, average.steps = saved["average"], saved["steps"]
+        step, first = saved["steps"], saved["epoch"]
+
+    for epoch in range(first, arguments.epochs):
+        began = time.monotonic()
+        maps.look_again()
+        random = np.random.default_rng((arguments.seed, epoch))
+        torch.manual_seed(arguments.seed * 1000 + epoch)
+        network.train()
+        total, words = 0.0, 0
+        for rows in common.chunks(random.permutation(len(captions_of)), arguments.photos):
+            numbers = [number for row in rows for number in captions_of[row]]
+            tokens, keep = common.collate([train.tokens[number] for number in numbers], vocabulary.pad)
+            photo = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(captions_of[row]) for row in rows]))
+            looked_at = maps(rows, random.integers(len(maps.views), size=len(rows)))
+            for group in optimiser.param_groups:
+                group["lr"] = group["full"] * common.cosine(step, steps, 100)
+            learns = arguments.cnn_rate > 0 and step >= arguments.cnn_from * steps_an_epoch
+            with torch.autocast("cpu", torch.bfloat16):
+                with torch.set_grad_enabled(learns):
+                    averages = late.averages(looked_at)
+                state = decoder.start(late.project(averages).float())
+                found = common.logits(decoder, [part[:, photo] for part in state], tokens, keep)
+            loss = common.cross_entropy(found, tokens, keep, 0.1)
+            optimiser.zero_grad()
+            loss.backward()
+            for part in (late, decoder):
+                torch.nn.utils.clip_grad_norm_(part.parameters(), 5.0)
+            optimiser.step()
+            average.update(network)
+            step += 1
+            total, words = total + float(loss) * len(found), words + len(found)
+            if step % 20 == 0:
+                print(epoch + 1, step, steps, round(total / words, 3), round(time.monotonic() - began), flush=True)
+        record = {"step": "joint", "run": arguments.output.name, "epoch": epoch + 1, "loss": round(total / words, 4)}
+        record |= {"seconds": round(time.monotonic() - began)}
+        state = {"network": network.state_dict(), "optimiser": optimiser.state_dict(), "average": average.state}
+        new = last.with_suffix(".new")
+        torch.save({**state, "steps": step, "epoch": epoch + 1}, new)
+        new.rename(last)
+        if (epoch + 1) % arguments.every == 0 or epoch + 1 == arguments.epochs:
+            kept = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+            network.load_state_dict(average.state)
+            network.eval()
+            captions = common.describe(decoder, features(late, val_maps), vocabulary)
+            record |= common.report(val.examples, captions)
+            common.save(arguments.output / "model", late.unfolded(), decoder, vocabulary, {"recipe": vars_of(arguments)})
+            torch.save(average.state, arguments.output / "average.pt")
+            network.load_state_dict(kept)
+        common.log(arguments.output.parent / "runs.jsonl", record)
+
+
+def vars_of(arguments: argparse.Namespace) -> dict[str, object]:
+    """Arguments in JSON's types, without folders."""
+    return {name: value for name, value in vars(arguments).items() if isinstance(value, (int, float))}
+
+
+if __name__ == "__main__":
+    main()
