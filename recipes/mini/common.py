@@ -36,6 +36,8 @@ UNFINISHED = frozenset(
     "around along across down up off as is are that while very".split()
 )
 
+_HOLDING = frozenset("with that other another front into onto from over under their there while next each".split())
+
 
 @dataclass(frozen=True)
 class Set:
@@ -141,9 +143,14 @@ def report(examples: Sequence[Example], captions: Sequence[str]) -> dict[str, An
     return result
 
 
+def has_meaning(word: str) -> bool:
+    """Whether a word tells of the photo: not one of those that hold a sentence together."""
+    return len(word) > 3 and word not in _HOLDING
+
+
 def said_twice(words: Sequence[str]) -> bool:
-    """Whether a caption says a word of meaning twice."""
-    content = [word for word in words if len(word) > 3 and word not in ("with", "that", "other", "another", "front")]
+    """Whether a caption says a word of meaning again."""
+    content = [word for word in words if has_meaning(word)]
     return len(set(content)) < len(content)
 
 

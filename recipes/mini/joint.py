@@ -1,9 +1,10 @@
 """The decoder and the CNN's last stages learn together from photos and their captions.
 
-    python -m recipes.mini.joint DATA CACHE OUTPUT --language language.pt --epochs 12
+    torchrun --nproc-per-node 2 -m recipes.mini.joint DATA CACHE OUTPUT --language language.pt --epochs 12
 
 Goes on with what OUTPUT holds. Every batch holds all captions of its photos, so the CNN looks at a photo once. The
-weights that are kept are exponential moving averages.
+weights that are kept are exponential moving averages. Each process has one thread: two processes that wait for each
+other once a step do more than two threads that wait for each other after every operation.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from captioner.datasets.annotations import load
 from recipes.mini import common
@@ -41,14 +42,24 @@ class Maps:
 
 
 @torch.inference_mode()
-def features(late: Late, maps: Maps, view: int = 0) -> Tensor:
-    """4096 numbers of each photo, in the arithmetic of training."""
-    count = len(maps.views[view])
+def features(late: Late, maps: Maps, view: int = 0, rank: int = 0, processes: int = 1) -> Tensor:
+    """4096 numbers of each photo (of every second one, for two processes), in the arithmetic of training."""
+    mine = np.arange(rank, len(maps.views[view]), processes)
     parts = []
-    for rows in common.chunks(np.arange(count), _EVALUATED_TOGETHER):
+    for rows in common.chunks(mine, _EVALUATED_TOGETHER):
         with torch.autocast("cpu", torch.bfloat16):
             parts.append(late(maps(rows, np.full(len(rows), view))).float())
     return torch.cat(parts)
+
+
+def share(network: nn.Module) -> None:
+    """Give all processes the mean of their gradients."""
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def groups_of(late: Late, rate: float, decay: float) -> list[dict[str, object]]:
@@ -75,7 +86,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--language", type=Path)
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--photos", type=int, default=64, help="a step")
+    parser.add_argument("--photos", type=int, default=96, help="a step, of all processes")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--cnn-rate", type=float, default=1e-3, help="a share of a tensor's root mean square; 0: frozen")
     parser.add_argument("--cnn-decay", type=float, default=0.9)
@@ -91,6 +102,9 @@ def main() -> None:
     captions_of = train.by_photo()
     maps, val_maps = Maps(arguments.cache, "train"), Maps(arguments.cache, "val")
 
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    rank, processes = distributed.get_rank(), distributed.get_world_size()
     torch.manual_seed(arguments.seed)
     decoder = common.new_decoder(vocabulary)
     if arguments.language:
@@ -115,14 +129,16 @@ def main() -> None:
         began = time.monotonic()
         maps.look_again()
         random = np.random.default_rng((arguments.seed, epoch))
-        torch.manual_seed(arguments.seed * 1000 + epoch)
+        torch.manual_seed((arguments.seed * 1000 + epoch) * processes + rank)
         network.train()
         total, words = 0.0, 0
-        for rows in common.chunks(random.permutation(len(captions_of)), arguments.photos):
+        for together in common.chunks(random.permutation(len(captions_of)), arguments.photos):
+            views = random.integers(len(maps.views), size=len(together))[rank::processes]
+            rows = together[rank::processes]
             numbers = [number for row in rows for number in captions_of[row]]
             tokens, keep = common.collate([train.tokens[number] for number in numbers], vocabulary.pad)
             photo = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(captions_of[row]) for row in rows]))
-            looked_at = maps(rows, random.integers(len(maps.views), size=len(rows)))
+            looked_at = maps(rows, views)
             for group in optimiser.param_groups:
                 group["lr"] = group["full"] * common.cosine(step, steps, 100)
             learns = arguments.cnn_rate > 0 and step >= arguments.cnn_from * steps_an_epoch
@@ -134,35 +150,43 @@ def main() -> None:
             loss = common.cross_entropy(found, tokens, keep, 0.1)
             optimiser.zero_grad()
             loss.backward()
+            share(network)
             for part in (late, decoder):
                 torch.nn.utils.clip_grad_norm_(part.parameters(), 5.0)
             optimiser.step()
-            average.update(network)
+            if rank == 0:
+                average.update(network)
             step += 1
-            total, words = total + float(loss) * len(found), words + len(found)
-            if step % 20 == 0:
+            total, words = total + float(loss.detach()) * len(found), words + len(found)
+            if rank == 0 and step % 20 == 0:
                 print(epoch + 1, step, steps, round(total / words, 3), round(time.monotonic() - began), flush=True)
         record = {"step": "joint", "run": arguments.output.name, "epoch": epoch + 1, "loss": round(total / words, 4)}
         record |= {"seconds": round(time.monotonic() - began)}
-        state = {"network": network.state_dict(), "optimiser": optimiser.state_dict(), "average": average.state}
-        new = last.with_suffix(".new")
-        torch.save({**state, "steps": step, "epoch": epoch + 1}, new)
-        new.rename(last)
-        if (epoch + 1) % arguments.every == 0 or epoch + 1 == arguments.epochs:
-            kept = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-            network.load_state_dict(average.state)
-            network.eval()
-            captions = common.describe(decoder, features(late, val_maps), vocabulary)
+        validated = (epoch + 1) % arguments.every == 0 or epoch + 1 == arguments.epochs
+        if rank == 0:
+            state = {"network": network.state_dict(), "optimiser": optimiser.state_dict(), "average": average.state}
+            new = last.with_suffix(".new")
+            torch.save({**state, "steps": step, "epoch": epoch + 1}, new)
+            new.rename(last)
+            if validated:
+                torch.save(average.state, arguments.output / "average.pt")
+        if validated:
+            distributed.barrier()
+            averaged = nn.ModuleDict({"late": Late(pretrained()), "decoder": common.new_decoder(vocabulary)}).eval()
+            averaged.load_state_dict(torch.load(arguments.output / "average.pt"))
+            mine = features(averaged["late"], val_maps, rank=rank, processes=processes)
+            gathered: list[list[str]] = [[] for _ in range(processes)]
+            distributed.all_gather_object(gathered, common.describe(averaged["decoder"], mine, vocabulary))
+            captions = [gathered[i % processes][i // processes] for i in range(len(val.examples))]
             record |= common.report(val.examples, captions)
-            common.save(arguments.output / "model", late.unfolded(), decoder, vocabulary, {"recipe": vars_of(arguments)})
-            torch.save(average.state, arguments.output / "average.pt")
-            network.load_state_dict(kept)
-        common.log(arguments.output.parent / "runs.jsonl", record)
-
-
-def vars_of(arguments: argparse.Namespace) -> dict[str, object]:
-    """Arguments in JSON's types, without folders."""
-    return {name: value for name, value in vars(arguments).items() if isinstance(value, (int, float))}
+        if rank == 0:
+            common.log(arguments.output.parent / "runs.jsonl", record)
+    if rank == 0:
+        averaged = nn.ModuleDict({"late": Late(pretrained()), "decoder": common.new_decoder(vocabulary)}).eval()
+        averaged.load_state_dict(torch.load(arguments.output / "average.pt"))
+        settings = {name: value for name, value in vars(arguments).items() if isinstance(value, (int, float))}
+        state = averaged["late"].unfolded()
+        common.save(arguments.output / "model", state, averaged["decoder"], vocabulary, {"recipe": settings})
 
 
 if __name__ == "__main__":
