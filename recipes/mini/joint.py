@@ -87,9 +87,11 @@ def main() -> None:
     parser.add_argument("--language", type=Path)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--photos", type=int, default=96, help="a step, of all processes")
+    parser.add_argument("--captions", type=int, default=3, help="of each photo, an epoch, at most")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--cnn-rate", type=float, default=1e-3, help="a share of a tensor's root mean square; 0: frozen")
     parser.add_argument("--cnn-decay", type=float, default=0.9)
+    parser.add_argument("--cnn-blocks", type=int, default=6, help="that learn, of the last 10")
     parser.add_argument("--cnn-from", type=float, default=1, help="epochs before the CNN learns too")
     parser.add_argument("--average", type=float, default=0.998)
     parser.add_argument("--every", type=int, default=2, help="epochs between validations")
@@ -135,16 +137,16 @@ def main() -> None:
         for together in common.chunks(random.permutation(len(captions_of)), arguments.photos):
             views = random.integers(len(maps.views), size=len(together))[rank::processes]
             rows = together[rank::processes]
-            numbers = [number for row in rows for number in captions_of[row]]
+            chosen = [random.permutation(captions_of[row])[: arguments.captions] for row in together][rank::processes]
+            numbers = [number for some in chosen for number in some]
             tokens, keep = common.collate([train.tokens[number] for number in numbers], vocabulary.pad)
-            photo = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(captions_of[row]) for row in rows]))
+            photo = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(some) for some in chosen]))
             looked_at = maps(rows, views)
             for group in optimiser.param_groups:
                 group["lr"] = group["full"] * common.cosine(step, steps, 100)
             learns = arguments.cnn_rate > 0 and step >= arguments.cnn_from * steps_an_epoch
             with torch.autocast("cpu", torch.bfloat16):
-                with torch.set_grad_enabled(learns):
-                    averages = late.averages(looked_at)
+                averages = late.averages(looked_at, arguments.cnn_blocks if learns else 0)
                 state = decoder.start(late.project(averages).float())
                 found = common.logits(decoder, [part[:, photo] for part in state], tokens, keep)
             loss = common.cross_entropy(found, tokens, keep, 0.1)

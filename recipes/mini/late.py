@@ -103,12 +103,20 @@ class Late(nn.Module):
         """(batch, 12, 12, 88) -> (batch, 4096)."""
         return self.project(self.averages(maps))
 
-    def averages(self, maps: Tensor) -> Tensor:
-        """(batch, 12, 12, 88) -> (batch, 2, 2, 1280)."""
+    def averages(self, maps: Tensor, learning: int | None = None) -> Tensor:
+        """(batch, 12, 12, 88) -> (batch, 2, 2, 1280).
+
+        Args:
+            maps: of the frozen stages.
+            learning: how many of the last units get gradients, 0 for none and not even the head; None: all.
+        """
         x = maps
-        for unit in self.units:
-            x = unit(x)
-        x = F.relu6(self.head(x))
+        first = 0 if learning is None else len(self.units) - learning
+        for number, unit in enumerate(self.units):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and number >= first):
+                x = unit(x)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learning != 0):
+            x = F.relu6(self.head(x))
         B, rows, columns, C = x.shape
         return x.view(B, 2, rows // 2, 2, columns // 2, C).mean((2, 4))
 
