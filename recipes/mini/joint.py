@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--language", type=Path)
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--photos", type=int, default=96, help="a step, of all processes")
+    parser.add_argument("--photos", type=int, default=64, help="a step, of all processes")
     parser.add_argument("--captions", type=int, default=3, help="of each photo, an epoch, at most")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--cnn-rate", type=float, default=1e-3, help="a share of a tensor's root mean square; 0: frozen")
@@ -125,7 +125,8 @@ def main() -> None:
         network.load_state_dict(saved["network"])
         optimiser.load_state_dict(saved["optimiser"])
         average.state, average.steps = saved["average"], saved["steps"]
-        step, first = saved["steps"], saved["epoch"]
+        first = saved["epoch"]
+        step = first * steps_an_epoch
 
     for epoch in range(first, arguments.epochs):
         began = time.monotonic()
@@ -168,7 +169,7 @@ def main() -> None:
         if rank == 0:
             state = {"network": network.state_dict(), "optimiser": optimiser.state_dict(), "average": average.state}
             new = last.with_suffix(".new")
-            torch.save({**state, "steps": step, "epoch": epoch + 1}, new)
+            torch.save({**state, "steps": average.steps, "epoch": epoch + 1}, new)
             new.rename(last)
             if validated:
                 torch.save(average.state, arguments.output / "average.pt")
