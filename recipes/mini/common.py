@@ -19,7 +19,7 @@ from torch.nn import functional as F  # noqa: N812 - the name that everyone uses
 
 from captioner import metrics
 from captioner.config import DecoderConfig, DecodingOptions, EncoderConfig
-from captioner.datasets.annotations import Annotations, Example, load
+from captioner.datasets.annotations import Annotations, Example
 from captioner.model import Captioner
 from captioner.networks.decoder import Decoder
 from captioner.networks.encoder import Encoder
@@ -120,7 +120,9 @@ class Average:
 
 
 @torch.inference_mode()
-def describe(decoder: Decoder, features: Tensor, vocabulary: Vocabulary, options: DecodingOptions = SEARCH) -> list[str]:
+def describe(
+    decoder: Decoder, features: Tensor, vocabulary: Vocabulary, options: DecodingOptions = SEARCH
+) -> list[str]:
     """The best caption of each row of features."""
     encoder = Encoder(EncoderConfig("tiny", "random", 64), trainable=True)  # stands in; it is not asked
     captioner = Captioner(encoder, decoder, vocabulary, options)
@@ -182,5 +184,3 @@ def log(file: Path, record: Mapping[str, Any]) -> None:
     print(line, flush=True)
     with file.open("a", encoding="utf-8") as lines:
         lines.write(line + "\n")
-
-

@@ -61,7 +61,9 @@ def main() -> None:
         results = [{"image_id": str(e.image_id).partition("-")[2], "caption": c} for e, c in found]
         (arguments.output / f"captions_{name}_val.json").write_text(json.dumps(results, indent=0), encoding="utf-8")
     common.save(arguments.output / "best", network, decoder, vocabulary, training)
-    common.log(arguments.output / "runs.jsonl", {"step": "finish", "decoders": [str(p) for p in arguments.decoders], **record})
+    common.log(
+        arguments.output / "runs.jsonl", {"step": "finish", "decoders": [str(p) for p in arguments.decoders], **record}
+    )
 
 
 if __name__ == "__main__":

@@ -28,12 +28,7 @@ class Maps:
     """Maps of the frozen stages, see `recipes.mini.views`."""
 
     def __init__(self, cache: Path, split: str) -> None:
-        self._cache, self._split = cache, split
         self.views = [np.load(file, mmap_mode="r") for file in sorted(cache.glob(f"{split}-*.npy"))]
-
-    def look_again(self) -> None:
-        """Open views that were written meanwhile."""
-        self.__init__(self._cache, self._split)  # type: ignore[misc]
 
     def __call__(self, rows: np.ndarray, views: np.ndarray) -> Tensor:
         """(photos, 12, 12, 88) in bfloat16."""
@@ -89,7 +84,9 @@ def main() -> None:
     parser.add_argument("--photos", type=int, default=64, help="a step, of all processes")
     parser.add_argument("--captions", type=int, default=3, help="of each photo, an epoch, at most")
     parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--cnn-rate", type=float, default=1e-3, help="a share of a tensor's root mean square; 0: frozen")
+    parser.add_argument(
+        "--cnn-rate", type=float, default=1e-3, help="a share of a tensor's root mean square; 0: frozen"
+    )
     parser.add_argument("--cnn-decay", type=float, default=0.9)
     parser.add_argument("--cnn-blocks", type=int, default=6, help="that learn, of the last 10")
     parser.add_argument("--cnn-from", type=float, default=1, help="epochs before the CNN learns too")
@@ -130,7 +127,6 @@ def main() -> None:
 
     for epoch in range(first, arguments.epochs):
         began = time.monotonic()
-        maps.look_again()
         random = np.random.default_rng((arguments.seed, epoch))
         torch.manual_seed((arguments.seed * 1000 + epoch) * processes + rank)
         network.train()

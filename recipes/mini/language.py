@@ -1,6 +1,6 @@
 """The decoder learns to write from captions without photos.
 
-    python -m recipes.mini.language DATA CAPTIONS.tsv.gz OUTPUT.pt --epochs 1
+python -m recipes.mini.language DATA CAPTIONS.tsv.gz OUTPUT.pt --epochs 1
 """
 
 from __future__ import annotations

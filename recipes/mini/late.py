@@ -53,7 +53,13 @@ class _Depthwise(torch.autograd.Function):
         kernel = weight.shape[-1]
         bias = gradient.sum((0, 2, 3))
         if ctx.stride == 1:
-            return F.conv2d(gradient, weight.flip(2, 3), None, 1, kernel // 2, groups=len(weight)), None, bias, None, None
+            return (
+                F.conv2d(gradient, weight.flip(2, 3), None, 1, kernel // 2, groups=len(weight)),
+                None,
+                bias,
+                None,
+                None,
+            )
         batch, channels, rows, columns = gradient.shape
         spread = gradient.new_zeros(batch, channels, rows * 2, columns * 2)
         spread = spread.contiguous(memory_format=torch.channels_last)

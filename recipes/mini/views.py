@@ -9,20 +9,20 @@ View 0 is the whole photo; the others are parts of it, half of them mirrored, in
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 
-from captioner.config import EncoderConfig
 from captioner.datasets.annotations import load
-from captioner.networks import efficientnet, weights
-from recipes.mini.late import FROZEN, fold
+from recipes.mini.late import FROZEN, fold, pretrained
 
 SIZE = 192  # height and width that the CNN sees, in pixels
 _TOGETHER = 32
@@ -54,9 +54,7 @@ def _changed(image: Image.Image, random: np.random.Generator) -> Image.Image:
 
 
 def _early() -> nn.Module:
-    network = efficientnet.efficientnet_lite2()
-    network.load_state_dict(efficientnet.renamed(weights.read(efficientnet.default_weights())))
-    features = network.eval().features
+    features: Any = pretrained().features
     early = nn.Sequential(features.stem, *features.blocks[:FROZEN])
     fold(early)
     return early.bfloat16().to(memory_format=torch.channels_last)
@@ -95,7 +93,7 @@ def main() -> None:
                 new = file.with_suffix(".new")
                 np.lib.format.open_memmap(new, "w+", np.int16, (len(paths), *_SHAPE)).flush()
                 cuts = np.linspace(0, len(paths), arguments.processes + 1).astype(int).tolist()
-                parts = [pool.submit(write, new, paths, view, a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+                parts = [pool.submit(write, new, paths, view, a, b) for a, b in itertools.pairwise(cuts)]
                 for part in parts:
                     part.result()
                 new.rename(file)

@@ -69,7 +69,9 @@ def karpathy(folder, name, key):
     for number, split in enumerate(("train", "train", "val")):
         (folder / "images" / f"{number}.jpg").write_bytes(b"")
         sentences = [{"raw": "a dog runs"}, {"raw": "a dog sits"}]
-        images.append({"filename": f"{number}.jpg", "split": split, "sentences": sentences, "imgid": number, key: number})
+        images.append(
+            {"filename": f"{number}.jpg", "split": split, "sentences": sentences, "imgid": number, key: number}
+        )
     (folder / f"dataset_{name}.json").write_text(json.dumps({"dataset": name, "images": images}))
     return folder / f"dataset_{name}.json"
 
