@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -78,11 +79,12 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--teacher", type=Path, help="captions of training photos, as a JSON list of lists")
     parser.add_argument("--epochs", type=float, default=2)
-    parser.add_argument("--photos", type=int, default=96, help="a step, of all processes")
+    parser.add_argument("--photos", type=int, default=64, help="a step, of all processes")
     parser.add_argument("--rate", type=float, default=5e-5)
     parser.add_argument("--reward", type=float, default=0.0, help="weight of the reward")
     parser.add_argument("--penalty", type=float, default=0.2, help="for each word said again")
     parser.add_argument("--likelihood", type=float, default=1.0, help="weight of the human captions")
+    parser.add_argument("--captions", type=int, default=5, help="human captions of each photo, an epoch, at most")
     parser.add_argument("--average", type=float, default=0.99)
     parser.add_argument("--every", type=int, default=50, help="steps between validations")
     parser.add_argument("--seed", type=int, default=0)
@@ -121,7 +123,8 @@ def main() -> None:
         averaged = common.new_decoder(vocabulary).eval()
         averaged.load_state_dict(torch.load(path))
         gathered: list[list[str]] = [[] for _ in range(processes)]
-        distributed.all_gather_object(gathered, common.describe(averaged, val_features, vocabulary))
+        quick = replace(common.SEARCH, precision="auto")
+        distributed.all_gather_object(gathered, common.describe(averaged, val_features, vocabulary, quick))
         captions = [gathered[i % processes][i // processes] for i in range(len(val.examples))]
         if rank == 0:
             torch.save(average.state, arguments.output / f"step-{step}.pt")
@@ -159,8 +162,10 @@ def main() -> None:
                 loss = loss + arguments.reward * (surprise * weights).mean()
             if arguments.likelihood:
                 decoder.train()
-                tokens, keep = common.collate([caption for row in rows for caption in captions_of[row]], vocabulary.pad)
-                photo = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(captions_of[row]) for row in rows]))
+                numbers = [random.permutation(len(captions_of[row]))[: arguments.captions] for row in rows]
+                chosen = [captions_of[row][n] for row, some in zip(rows, numbers, strict=True) for n in some]
+                tokens, keep = common.collate(chosen, vocabulary.pad)
+                photo = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(some) for some in numbers]))
                 with torch.autocast("cpu", torch.bfloat16):
                     found = common.logits(decoder, [p[:, photo] for p in decoder.start(features)], tokens, keep)
                 likelihood = common.cross_entropy(found, tokens, keep, 0.1)
