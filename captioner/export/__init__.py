@@ -15,8 +15,7 @@ import torch
 from captioner import checkpoint, hub, images, metrics, tensors
 from captioner.checkpoint import Checkpoint
 from captioner.config import DataConfig
-from captioner.datasets.annotations import Annotations, Example
-from captioner.datasets.annotations import load as load_annotations
+from captioner.datasets.annotations import Annotations, Example, load_dataset
 from captioner.errors import CaptionerError, CheckpointError
 from captioner.export.decoder import DecoderExport
 from captioner.export.encoder import EncoderExport
@@ -81,7 +80,7 @@ def export(
         )
     saved = checkpoint.read(source)
     network = storage.load(source, saved, encoder_weights=encoder_weights, device="cpu", precision="fp32")
-    annotations = None if data is None else _annotations(data)
+    annotations = None if data is None else load_dataset(data)
     some = _pixels(annotations, photos, network.image_size)
     alone = target != source and precision == "int8"
     with checkpoint.replacing(target) as new:
@@ -106,12 +105,6 @@ def export(
         checkpoint.check_graphs(new, checkpoint.read(new))
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     return ExportReport(target, size, differences, before, after)
-
-
-def _annotations(data: DataConfig) -> Annotations:
-    return load_annotations(
-        data.data, images=data.images, restval=data.restval, on_problem=data.on_problem, val_share=data.val_share
-    )
 
 
 def _pixels(annotations: Annotations | None, count: int, size: int) -> npt.NDArray[np.uint8]:

@@ -92,7 +92,7 @@ def test_fp16_is_not_for_training(data: Path, tmp_path: Path, capsys: pytest.Cap
     with pytest.raises(SystemExit) as caught:
         cli.run("train", [*train_arguments(data, tmp_path / "run"), "--precision", "fp16"])
     assert caught.value.code == 2
-    assert "{auto,fp32,bf16}" in capsys.readouterr().err
+    assert "fp16" in capsys.readouterr().err
 
 
 def test_an_interruption_is_one_line(
