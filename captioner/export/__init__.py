@@ -59,7 +59,7 @@ def export(
         folder: of the exported model; by default the graphs are added to the model. A model in 8 bits in a folder of
             its own has no other weights than those of its graphs.
         precision: "int8" is static quantisation, per channel, calibrated on training photos; "fp32" rounds nothing.
-        data: photos and captions: training photos calibrate, and validation photos tell what the export costs.
+        data: photos and captions: training photos calibrate, and validation photos tell how much the export loses.
         photos: number of training photos that calibrate.
         encoder_weights: the file of the CNN's weights, if it is not where the model says.
 
@@ -152,7 +152,15 @@ def write_graphs(
 
 
 def _content(saved: Checkpoint, network: TorchEngine, built: Weights, precision: str, *, alone: bool) -> Checkpoint:
-    """The contents of the exported model; `alone` are the weights of the graphs its only ones."""
+    """The contents of the exported model.
+
+    Args:
+        saved: the model.
+        network: built from it.
+        built: the weights of the graphs.
+        precision: of the graphs.
+        alone: whether the weights of the graphs are the only ones of the model.
+    """
     content = replace(saved, export={"precision": precision})
     if not alone:
         return content
