@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         OptimisationConfig,
         TrainingConfig,
     )
-    from captioner.datasets.annotations import Annotations, Example
+    from captioner.datasets.annotations import Annotations, Example, load_dataset
     from captioner.datasets.features import FeatureStore
     from captioner.decoding.search import decode
     from captioner.errors import CaptionerError
@@ -55,6 +55,7 @@ _HOME = {
     "decode": "decoding.search",
     "evaluate_model": "evaluation",
     "evaluate_results": "evaluation",
+    "load_dataset": "datasets.annotations",
     "train": "training.trainer",
 }
 
@@ -79,6 +80,7 @@ __all__ = [
     "decode",
     "evaluate_model",
     "evaluate_results",
+    "load_dataset",
     "train",
 ]
 

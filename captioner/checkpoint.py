@@ -18,17 +18,15 @@ import errno
 import json
 import os
 import shutil
-import types
-import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from safetensors import SafetensorError
 
 from captioner import __version__, files, graphs, tensors
-from captioner.config import FEATURE_SIZE, DecoderConfig, DecodingOptions, EncoderConfig
+from captioner.config import FEATURE_SIZE, RETIRED, DecoderConfig, DecodingOptions, EncoderConfig, from_json, typed
 from captioner.errors import CaptionerError, CheckpointError, WeightsError
 from captioner.tensors import Array, Entry
 from captioner.vocabulary import Vocabulary
@@ -54,10 +52,6 @@ _LARGEST = {
     "decoder.embedding_size": 1 << 16,
     "decoder.layers": 64,
 }
-_LARGEST_NUMBER = 10**30  # beyond it, a number is a mistake, and too long to be shown
-#: Settings of earlier versions that mean nothing now.
-_RETIRED = {"decoding": ("precision", "typical_p")}
-_TYPES = {str: "a text", bool: "true or false", int: "a whole number", float: "a number", type(None): "null"}
 _MISSING = (
     "{path}: missing; a saved model consists of model.safetensors, config.json and tokenizer.json: fetch it again"
 )
@@ -135,7 +129,7 @@ def write(folder: Path, checkpoint: Checkpoint, card: str) -> None:
             "stored": checkpoint.encoder_state is not None,
         },
         "decoder": dataclasses.asdict(checkpoint.decoder),
-        "decoding": _without_retired("decoding", dataclasses.asdict(checkpoint.decoding)),
+        "decoding": dataclasses.asdict(checkpoint.decoding),
         "vocabulary_size": len(checkpoint.vocabulary),
         "sha256": {name: files.sha256(folder / name) for name in hashed},
         "training": _entries("training", checkpoint.training, _TRAINING),
@@ -328,9 +322,9 @@ def _parse(folder: Path, config: dict[str, Any]) -> _Config:
             if not isinstance(config[key], dict):
                 raise CheckpointError(f"{key} is {config[key]!r:.60}; expected an object")
         encoder = dict(config["encoder"])
-        sha256 = _value("encoder.weights_sha256", encoder.pop("weights_sha256"), str)
-        stored = _value("encoder.stored", encoder.pop("stored"), bool)
-        size = _value("vocabulary_size", config["vocabulary_size"], int)
+        sha256 = typed(str, encoder.pop("weights_sha256"), "encoder.weights_sha256")
+        stored = typed(bool, encoder.pop("stored"), "encoder.stored")
+        size = typed(int, config["vocabulary_size"], "vocabulary_size")
         export = config.get("export")
         if export is not None:
             if not isinstance(export, dict):
@@ -345,7 +339,7 @@ def _parse(folder: Path, config: dict[str, Any]) -> _Config:
             _settings(DecoderConfig, "decoder", config["decoder"]),
             _settings(DecodingOptions, "decoding", config["decoding"]),
             size,
-            _value("sha256", config["sha256"], dict[str, str]),
+            typed(dict[str, str], config["sha256"], "sha256"),
             _entries("training", config["training"], _TRAINING),
             export,
         )
@@ -362,7 +356,7 @@ _KINDS = {"encoder": EncoderConfig, "decoder": DecoderConfig, "decoding": Decodi
 
 def _refuse_unknown(group: str, given: Mapping[str, Any], version: Any) -> None:
     """Refuse settings that this version does not know, and say which version does."""
-    known = {each.name for each in dataclasses.fields(_KINDS[group])} | {*_RETIRED.get(group, ())}
+    known = {each.name for each in dataclasses.fields(_KINDS[group])} | RETIRED.get(_KINDS[group], frozenset())
     for name in given:
         if name not in known:
             newer = isinstance(version, str) and _release(version) > _release(__version__)
@@ -377,66 +371,28 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(numbers[: numbers.index(-1)] if -1 in numbers else numbers)
 
 
-def _without_retired(group: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in given.items() if name not in _RETIRED.get(group, ())}
-
-
 def _settings(kind: type[_Settings], group: str, given: Mapping[str, Any]) -> _Settings:
-    """Build a configuration from JSON; settings that are lacking take their defaults."""
-    hints = typing.get_type_hints(kind)
-    values = {
-        name: _value(f"{group}.{name}", each, hints[name]) for name, each in _without_retired(group, given).items()
-    }
-    for name, value in values.items():
-        largest = _LARGEST.get(f"{group}.{name}")
-        if largest is not None and value > largest:
-            raise CheckpointError(f"{group}.{name} is {value!r:.40}; expected {largest:,} at most")
-    return kind(**values)
+    """Build a configuration from JSON, and refuse sizes beyond reason."""
+    settings = from_json(kind, given, group)
+    for name, largest in _LARGEST.items():
+        value = getattr(settings, name.rpartition(".")[2]) if name.startswith(f"{group}.") else 0
+        if value > largest:
+            raise CheckpointError(f"{name} is {value!r:.40}; expected {largest:,} at most")
+    return settings
 
 
 def _entries(group: str, given: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
-    """A group of entries of which some are known: these are of their types, the others are kept."""
-    return {
-        name: _value(f"{group}.{name}", each, hints[name]) if name in hints else each for name, each in given.items()
-    }
-
-
-def _value(name: str, value: Any, hint: Any) -> Any:
-    """Return a value of JSON as the type that a hint names.
+    """A group of entries of which some are known: these are of their types, the others are kept.
 
     Raises:
-        CheckpointError: it is of another.
+        CheckpointError: a known entry is of another type.
     """
-    if _fits(value, hint):
-        return tuple(value) if get_origin(hint) is tuple else value  # JSON has lists where the options have tuples
-    raise CheckpointError(f"{name} is {value!r:.60}; expected {_called(hint)}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, each) for each in arguments)
-    if origin is Literal:
-        return isinstance(value, str)  # the configuration says which texts there are
-    if origin is tuple:
-        return isinstance(value, list | tuple) and all(_fits(each, arguments[0]) for each in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(each, arguments[1]) for each in value.values())
-    if type(value) is int:
-        return hint in (int, float) and abs(value) < _LARGEST_NUMBER
-    return type(value) is hint
-
-
-def _called(hint: Any) -> str:
-    """A type in words."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_called(each) for each in arguments)
-    if origin is tuple:
-        return "a list of texts"
-    if origin is dict:
-        return f"an object, each value {_called(arguments[1])}"
-    return _TYPES.get(hint, "a text")
+    try:
+        return {
+            name: typed(hints[name], each, f"{group}.{name}") if name in hints else each for name, each in given.items()
+        }
+    except CaptionerError as error:
+        raise CheckpointError(str(error)) from None
 
 
 @contextlib.contextmanager

@@ -33,7 +33,8 @@ EncoderName = Literal[
 ]
 CellName = Literal["lstm", "gru", "rnn", "irnn"]
 FeatureNorm = Literal["standard", "sqrt", "none"]
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]  # of captioning
+TrainingPrecision = Literal["auto", "fp32", "bf16"]  # gradients in fp16 would vanish without scaling
 Method = Literal["beam", "sample"]
 Normalisation = Literal["none", "average", "gnmt"]
 Objective = Literal["likelihood", "cider"]
@@ -41,6 +42,7 @@ Tracking = Literal["wandb", "none"]
 
 _Settings = TypeVar("_Settings")
 
+_LARGEST_NUMBER = 10**30  # beyond it, a whole number of a file is a mistake, and too long to be shown
 _MOST_LEARNING_RATE = 1.0  # Adam moves every weight by about the learning rate in each step
 
 
@@ -211,7 +213,7 @@ class TrainingConfig:
     )
     min_count: int = 5  # words seen fewer times in the training captions become [unk]
     max_words: int = 30  # longer training captions are cut there
-    precision: Precision = "auto"  # of training: "auto" is bf16 where the processor or GPU is fast at it, else fp32
+    precision: TrainingPrecision = "auto"  # of training: "auto" is bf16 where the machine is fast at it, else fp32
     seed: int = 0  # decides the decoder's initial weights, the order of captions and dropout
     checkpoint_minutes: float = 10.0  # time between two checkpoints inside an epoch, from which a stopped run goes on
     tracking: Tracking = "wandb"  # Weights & Biases, which stays offline where there is no API key
@@ -227,7 +229,7 @@ class TrainingConfig:
             )
         _at_least("checkpoint_minutes", self.checkpoint_minutes, 0)
         _seed(self.seed)
-        _choice("precision", self.precision, Precision)
+        _choice("precision", self.precision, TrainingPrecision)
         _choice("tracking", self.tracking, Tracking)
 
 
@@ -248,7 +250,7 @@ class Statistics:
 
 def _choice(name: str, value: str, allowed: Any) -> None:
     if value not in get_args(allowed):
-        raise CaptionerError(f"{name} is {value!r}; expected one of {', '.join(get_args(allowed))}")
+        raise CaptionerError(f"{name} is {_shown(value)}; expected one of {', '.join(get_args(allowed))}")
 
 
 def _at_least(name: str, value: float, low: float) -> None:
@@ -279,7 +281,7 @@ def _share(name: str, value: float) -> None:
 # From JSON ---------------------------------------------------------------------------------------------------------
 
 #: Settings that earlier versions saved and that no longer exist; they are passed over.
-_REMOVED: dict[type, frozenset[str]] = {DecodingOptions: frozenset({"precision", "typical_p"})}
+RETIRED: dict[type, frozenset[str]] = {DecodingOptions: frozenset({"precision", "typical_p"})}
 
 _NAMES = {str: "a text", bool: "true or false", int: "a whole number", float: "a number", Path: "a path"}
 
@@ -302,10 +304,10 @@ def from_json(kind: type[_Settings], saved: object, where: str = "") -> _Setting
     prefix = f"{where}." if where else ""
     hints = get_type_hints(kind)
     fields = {each.name: each for each in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    given = {name: value for name, value in saved.items() if name not in _REMOVED.get(kind, ())}
+    given = {name: value for name, value in saved.items() if name not in RETIRED.get(kind, ())}
     if unknown := [name for name in given if name not in fields]:
-        raise CaptionerError(f"{prefix}{unknown[0]} is no setting of this version; expected {', '.join(fields)}")
-    values = {name: _value(hints[name], value, prefix + name) for name, value in given.items()}
+        raise CaptionerError(f"{prefix}{unknown[0]:.60} is no setting of this version; expected {', '.join(fields)}")
+    values = {name: typed(hints[name], value, prefix + name) for name, value in given.items()}
     for name, each in fields.items():
         no_default = each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
         if no_default and name not in values:
@@ -313,28 +315,37 @@ def from_json(kind: type[_Settings], saved: object, where: str = "") -> _Setting
     return kind(**values)
 
 
-def _value(hint: Any, value: Any, name: str) -> Any:
-    """A value of JSON as a value of a type."""
+def typed(hint: Any, value: Any, name: str) -> Any:
+    """A value of JSON as a value of a type.
+
+    Args:
+        hint: the type.
+        value: as `json.loads` gave it.
+        name: of the value, for messages.
+
+    Raises:
+        CaptionerError: the value is of another type.
+    """
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal:
         _choice(name, value, hint)
         return value
     if origin in (Union, types.UnionType):  # of a type and None
         (inner,) = (each for each in arguments if each is not types.NoneType)
-        return None if value is None else _value(inner, value, name)
+        return None if value is None else typed(inner, value, name)
     if origin in (tuple, list):
         if not isinstance(value, list | tuple):
             raise CaptionerError(f"{name} is {_shown(value)}; expected a list")
-        return origin(_value(arguments[0], each, f"{name}[{index}]") for index, each in enumerate(value))
+        return origin(typed(arguments[0], each, f"{name}[{index}]") for index, each in enumerate(value))
     if origin is dict:
         if not isinstance(value, dict):
             raise CaptionerError(f"{name} is {_shown(value)}; expected an object")
-        return {key: _value(arguments[1], each, f"{name}.{key}") for key, each in value.items()}
+        return {key: typed(arguments[1], each, f"{name}.{key:.60}") for key, each in value.items()}
     if dataclasses.is_dataclass(hint):
         return from_json(hint, value, name)  # type: ignore[arg-type]
     if hint is Path and isinstance(value, str):
         return Path(value)
-    if type(value) is hint:
+    if type(value) is hint and not (hint is int and abs(value) >= _LARGEST_NUMBER):
         return value
     if hint is float and type(value) is int and abs(value) < 2**63:
         return float(value)

@@ -1,4 +1,4 @@
-"""What can go wrong through no fault of the program.
+"""The errors that a user can mend: wrong input, or a machine that lacks something.
 
 Every message is one line that says what was wrong, what was expected and what to do. The commands print it and
 exit with status 2; anything else that reaches a user is a bug of this project.

@@ -70,7 +70,7 @@ def push(write: Callable[[Path], None], repo_id: str, *, private: bool = False, 
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder))
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload captioner model")
-    except Exception as error:  # what there is besides its own errors depends on the Hub's version: httpx, requests
+    except Exception as error:  # its own, or those of httpx or requests, as its version uses
         raise CheckpointError(
             f"{repo_id}: cannot be uploaded ({_first_line(error)}); see `hf auth login`, or save it to a folder"
         ) from None
@@ -78,7 +78,7 @@ def push(write: Callable[[Path], None], repo_id: str, *, private: bool = False, 
 
 
 def _is_hub_name(model: str) -> bool:
-    """Whether a name can be one of the Hub: `owner/name`, and not the path of what is not, or not yet, on this disk."""
+    """Whether a name can be one of the Hub: `owner/name`, and not a path whose end is missing on this disk."""
     parts = model.split("/")
     named = len(parts) == 2 and all(part and part not in (".", "..") for part in parts)
     return named and parts[0] != "runs" and not Path(parts[0]).is_dir()

@@ -14,14 +14,11 @@ import numpy.typing as npt
 
 from captioner.checkpoint import ENCODER_GRAPH, START_GRAPH, STEP_GRAPH
 from captioner.config import FEATURE_SIZE
-from captioner.decoding.step import Likeliest
+from captioner.decoding.step import Likeliest, State
 from captioner.errors import CheckpointError
 
 #: Photos that the CNN looks at together: their maps should about stay in a processor's cache.
 _TOGETHER = 8
-
-#: Arrays of the hidden state, one a layer and part, `(rows, hidden)`.
-State = tuple[npt.NDArray[np.float32], ...]
 
 
 class OnnxEngine:
@@ -90,7 +87,7 @@ class OnnxEngine:
             features: `(photos, 4096)`.
 
         Returns:
-            One row a photo.
+            Arrays, one a layer and part of the hidden state, `(photos, hidden)`.
         """
         return tuple(self._start.run(self._parts, {"features": features}))
 

@@ -17,7 +17,6 @@ Array = npt.NDArray[Any]
 _Value = TypeVar("_Value")
 
 _LARGEST_HEADER = 8 << 20  # bytes
-_STEPS = 127  # of 8 bits, to either side of 0
 STEP = ".step"  # behind the name of a packed tensor: what one step is worth, a number a row
 
 #: The names of types in a safetensors header, and their size in bytes.

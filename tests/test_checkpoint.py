@@ -15,9 +15,9 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -259,12 +259,12 @@ def test_a_key_that_is_lacking_is_named(folder: Path, where: tuple[str, ...], sa
         (("decoder", "layers"), True, "decoder.layers is True; expected a whole number"),
         (("decoder", "dropout"), "0", "decoder.dropout is '0'; expected a number"),
         (("encoder", "weights"), 5, "encoder.weights is 5; expected a text"),
-        (("encoder", "name"), ["tiny"], "encoder.name is .'tiny'.; expected a text"),
+        (("encoder", "name"), ["tiny"], "encoder.name is .'tiny'.; expected one of"),
         (("encoder", "image_size"), 64.5, "encoder.image_size is 64.5; expected a whole number"),
         (("encoder", "weights_sha256"), 1, "encoder.weights_sha256 is 1; expected a text"),
         (("encoder", "stored"), "no", "encoder.stored is 'no'; expected true or false"),
-        (("decoding", "forbidden_words"), [1], "decoding.forbidden_words is .1.; expected a list of texts"),
-        (("decoding", "forbidden_words"), "red", "decoding.forbidden_words is 'red'; expected a list of texts"),
+        (("decoding", "forbidden_words"), [1], r"decoding.forbidden_words\[0\] is 1; expected a text"),
+        (("decoding", "forbidden_words"), "red", "decoding.forbidden_words is 'red'; expected a list"),
         (("decoding", "seed"), "x", "decoding.seed is 'x'; expected a whole number"),
         (("decoding",), [["seed", 1]], "decoding is .*; expected an object"),
         (("decoder", "colour"), 3, "decoder.colour is unknown"),
@@ -366,35 +366,6 @@ def test_a_setting_of_a_later_version(folder: Path, newer: str) -> None:
     fails(folder, r"\(decoder.colour is unknown\); correct it, or fetch the model again$")
     alter_config(folder, "captioner_version", to=newer)
     fails(folder, rf"\(decoder.colour is unknown, install captioner {re.escape(newer)}, which wrote it\)")
-
-
-@dataclass(frozen=True)
-class Later:
-    """Settings with types that no setting has yet."""
-
-    rate: float | None = None
-    names: tuple[str, ...] = ()
-    kind: Literal["one", "two"] = "one"
-
-
-@pytest.mark.parametrize("given", [{}, {"rate": None}, {"rate": 0.5}, {"rate": 2}, {"names": ["a"], "kind": "two"}])
-def test_types_are_those_of_the_hints(given: dict[str, Any]) -> None:
-    expected = Later(**{name: tuple(each) if name == "names" else each for name, each in given.items()})
-    assert checkpoint._settings(Later, "later", given) == expected
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ({"rate": "x"}, "later.rate is 'x'; expected a number or null"),
-        ({"rate": True}, "later.rate is True; expected a number or null"),
-        ({"names": None}, "later.names is None; expected a list of texts"),
-        ({"kind": 1}, "later.kind is 1; expected a text"),
-    ],
-)
-def test_other_types_than_those_of_the_hints(given: dict[str, Any], said: str) -> None:
-    with pytest.raises(CheckpointError, match=f"^{said}$"):
-        checkpoint._settings(Later, "later", given)
 
 
 # Exported models ---------------------------------------------------------------------------------------------------
@@ -552,30 +523,30 @@ def test_sizes_beyond_reason(plain: Path, where: str, size: int) -> None:
         ("decoder.cell", "lstm", "rnn.weight_ih_l0 is"),
         ("decoder.feature_norm", "standard", "standard.mean is missing"),
         ("decoder.dropout", float("nan"), "decoder.dropout is nan"),
-        ("decoder.dropout", 10**400, "decoder.dropout is 10{59}; expected a number"),
+        ("decoder.dropout", 10**400, r"decoder.dropout is 10{59}\.\.\.; expected a number"),
         ("vocabulary_size", 10**19, r"embedding.weight is .* instead of \(10000000000000000000, 5\)"),
         ("vocabulary_size", -1, "embedding.weight is .* instead of .-1, 5."),
         ("decoding.beam_size", 10**19, "beam_size is 10000000000000000000; expected 1 to 1000"),
         ("decoding.max_words", 2**62, "max_words is 4611686018427387904; expected 1 to 500"),
-        ("decoding.forbidden_words", [["red"]], "decoding.forbidden_words is .* expected a list of texts"),
+        ("decoding.forbidden_words", [["red"]], r"decoding.forbidden_words\[0\] is .*; expected a text"),
         ("encoder.weights", {}, "encoder.weights is {}; expected a text"),
         ("encoder.\x1b[31m", 1, r"encoder\..x1b.31m is unknown"),
         ("encoder.name", "\x1b[31m\u202egg", r"encoder.name is '.x1b.31m.u202egg'; expected one of"),
         ("format", "\x1b[31m", r"is format '.x1b.31m'"),
-        ("sha256", {TOKENIZER: 5}, "sha256 is .*; expected an object, each value a text"),
+        ("sha256", {TOKENIZER: 5}, "sha256.tokenizer.json is 5; expected a text"),
         ("sha256", {}, "missing|altered, or of another model"),
         ("training", [], "training is \\[\\]; expected an object"),
-        ("training.scores", [0.5], r"training.scores is \[0.5\]; expected an object, each value a number"),
-        ("training.scores", {"cider": "x\n\x1b"}, "training.scores is .*; expected an object, each value a number"),
+        ("training.scores", [0.5], r"training.scores is \[0.5\]; expected an object"),
+        ("training.scores", {"cider": "x\n\x1b"}, "training.scores.cider is .*; expected a number"),
         ("training.data", 5, "training.data is 5; expected a text"),
         ("training.epoch", "many", "training.epoch is 'many'; expected a whole number"),
-        ("training.start", 5, "training.start is 5; expected a text or null"),
+        ("training.start", 5, "training.start is 5; expected a text"),
         ("export", 5, "export is 5; expected an object"),
-        ("export", {"precision": 8}, "export.precision is 8; expected a text"),
+        ("export", {"precision": 8}, "export.precision is 8; expected one of int8, fp32"),
         (
             "export",
             {"scores_after": {"cider": None}},
-            "export.scores_after is .*; expected an object, each value a",
+            "export.scores_after.cider is null; expected a number",
         ),
     ],
 )

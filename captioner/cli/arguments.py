@@ -25,7 +25,7 @@ class EngineArguments:
 
     engine: Literal["auto", "onnx", "torch"] = "auto"  # "auto": ONNX graphs if the model has them, else torch
     device: str | None = None  # of torch, such as "cpu" or "cuda:1"; by default a GPU if there is one
-    precision: Precision = "auto"  # of torch; "auto": 16 bits where the device is fast at them, else fp32
+    precision: Precision = "auto"  # of torch; "auto": 16 bits where the device is fast at them; fp16 needs a GPU
     # file of the CNN's weights, where the model names them and does not hold them
     encoder_weights: Annotated[str | None, tyro.conf.arg(name="encoder.weights")] = None
 

@@ -11,6 +11,7 @@ import tyro
 from captioner.cli import first_process, output
 from captioner.cli.arguments import CONFIG
 from captioner.config import DataConfig, TrainingConfig
+from captioner.errors import CaptionerError
 
 
 @dataclass(frozen=True)
@@ -59,4 +60,19 @@ def parse(arguments: Sequence[str], prog: str) -> TrainingConfig:
     from captioner.training.presets import DESCRIPTIONS, PRESETS
 
     presets = {name: (DESCRIPTIONS[name], TrainArguments(**vars(preset))) for name, preset in PRESETS.items()}
-    return tyro.extras.overridable_config_cli(presets, args=arguments, prog=prog, config=CONFIG).config()
+    config = tyro.extras.overridable_config_cli(presets, args=arguments, prog=prog, config=CONFIG).config()
+    if config.start is not None:
+        _refuse_networks(arguments)
+    return config
+
+
+def _refuse_networks(arguments: Sequence[str]) -> None:
+    """Refuse settings of encoder and decoder beside `--start`, whose model has its own.
+
+    Raises:
+        CaptionerError: there are some. `--encoder.weights` says where the weights of the model's own encoder are.
+    """
+    for argument in arguments:
+        option = argument.partition("=")[0].replace("_", "-")
+        if option.startswith(("--encoder.", "--decoder.")) and option != "--encoder.weights":
+            raise CaptionerError(f"{option} cannot be chosen, as --start brings the model's own; leave one of them out")

@@ -53,7 +53,7 @@ _FLICKR_FOLDERS = ("Flicker8k_Dataset", "Flickr8k_Dataset", "Flicker8k_photos", 
 
 @dataclass(frozen=True)
 class Problem:
-    """One kind of thing that is wrong in caption files, and how often."""
+    """One kind of fault in caption files, and how often it was found."""
 
     kind: str
     count: int
@@ -231,7 +231,7 @@ def read(path: Path, images: Path | None, restval: str, found: Found, *, alone: 
             )
         rows = iter(document if isinstance(document, _Lines) else [(1, document)])
     if alone and split == "train":
-        split = None  # nothing else could be validated on, so a share of it is
+        split = None  # no other photos could be of validation, so a share of these is
     name = path.parent.name if path.stem in ("captions", *_WORDS) else path.stem
     return name, _read_rows(path, rows, split, images, found)
 

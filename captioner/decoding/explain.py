@@ -30,7 +30,7 @@ class Branch:
     logprob: float  # natural log of the probability of all words up to this one
     fate: Fate  # continued; pruned (others were likelier); ended with [end]; or one of the captions, cut at max_words
     winner: bool  # on the way to the best caption
-    branches: tuple[Branch, ...] = ()  # what could follow, likeliest first
+    branches: tuple[Branch, ...] = ()  # the words that could follow, likeliest first
 
 
 @dataclass(frozen=True)

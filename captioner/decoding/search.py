@@ -38,13 +38,13 @@ class Hypothesis:
 
     tokens: tuple[int, ...]  # ids of the words, without [start] and [end]
     logprob: float  # natural log of the probability of the words (and of [end], where it was found)
-    score: float  # what hypotheses are ranked by: logprob after length normalisation
+    score: float  # the number that hypotheses are ranked by: logprob after length normalisation
     finished: bool  # ended with [end], rather than cut at max_words or because no word could follow
     satisfied: bool = True  # has every required word
 
 
 class Step(NamedTuple):
-    """What happened at one word."""
+    """The choice that a search made at one word."""
 
     beams: Beams  # the captions that were to be continued
     choice: Choice  # the captions that were kept, and those that ended
@@ -145,7 +145,7 @@ def search(
 def relaxed(
     model: StepModel, features: Floats, special: SpecialTokens, options: DecodingOptions, watch: bool = False
 ) -> tuple[list[list[Hypothesis]], list[Step]]:
-    """As `search`, without the required words, where no caption can have them; the captions are marked so."""
+    """Search without the required words, where no caption can have them; `satisfied` of the captions is false."""
     captions, steps = search(model, features, special, replace(options, required_words=()), watch)
     return [[replace(hypothesis, satisfied=False) for hypothesis in found] for found in captions], steps
 

@@ -15,8 +15,7 @@ import torch
 from captioner import checkpoint, hub, images, metrics, tensors
 from captioner.checkpoint import Checkpoint
 from captioner.config import DataConfig
-from captioner.datasets.annotations import Annotations, Example
-from captioner.datasets.annotations import load as load_annotations
+from captioner.datasets.annotations import Annotations, Example, load_dataset
 from captioner.errors import CaptionerError, CheckpointError
 from captioner.export.decoder import DecoderExport
 from captioner.export.encoder import EncoderExport
@@ -60,7 +59,7 @@ def export(
         folder: of the exported model; by default the graphs are added to the model. A model in 8 bits in a folder of
             its own has no other weights than those of its graphs.
         precision: "int8" is static quantisation, per channel, calibrated on training photos; "fp32" rounds nothing.
-        data: photos and captions: training photos calibrate, and validation photos tell what the export costs.
+        data: photos and captions: training photos calibrate, and validation photos tell how much the export loses.
         photos: number of training photos that calibrate.
         encoder_weights: the file of the CNN's weights, if it is not where the model says.
 
@@ -81,7 +80,7 @@ def export(
         )
     saved = checkpoint.read(source)
     network = storage.load(source, saved, encoder_weights=encoder_weights, device="cpu", precision="fp32")
-    annotations = None if data is None else _annotations(data)
+    annotations = None if data is None else load_dataset(data)
     some = _pixels(annotations, photos, network.image_size)
     alone = target != source and precision == "int8"
     with checkpoint.replacing(target) as new:
@@ -106,12 +105,6 @@ def export(
         checkpoint.check_graphs(new, checkpoint.read(new))
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     return ExportReport(target, size, differences, before, after)
-
-
-def _annotations(data: DataConfig) -> Annotations:
-    return load_annotations(
-        data.data, images=data.images, restval=data.restval, on_problem=data.on_problem, val_share=data.val_share
-    )
 
 
 def _pixels(annotations: Annotations | None, count: int, size: int) -> npt.NDArray[np.uint8]:
@@ -159,7 +152,15 @@ def write_graphs(
 
 
 def _content(saved: Checkpoint, network: TorchEngine, built: Weights, precision: str, *, alone: bool) -> Checkpoint:
-    """The contents of the exported model; `alone` are the weights of the graphs its only ones."""
+    """The contents of the exported model.
+
+    Args:
+        saved: the model.
+        network: built from it.
+        built: the weights of the graphs.
+        precision: of the graphs.
+        alone: whether the weights of the graphs are the only ones of the model.
+    """
     content = replace(saved, export={"precision": precision})
     if not alone:
         return content

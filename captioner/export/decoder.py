@@ -66,7 +66,7 @@ class DecoderExport:
         return graph
 
     def step(self) -> Graph:
-        """One word: see the top of this file for what goes in and out."""
+        """One word read: its inputs and outputs are described at the top of this file."""
         graph = Graph("decoder_model", self.weights)
         config, size = self.decoder.config, self.decoder.vocabulary_size
         tokens = graph.input("tokens", np.int64, ["rows"])
@@ -87,8 +87,9 @@ class DecoderExport:
         logits = self._product(graph, x, "output.weight", self.state["output.bias"], self._hidden(config.layers - 1))
 
         top, word = graph.node("TopK", logits, count, outputs=2, axis=1)
-        # The log of the softmax, by the likeliest word: its logit less the log of its probability is what is
-        # subtracted from all logits. A softmax and a maximum are vectorised; a sum of exponentials is not.
+        # A log-probability is the logit minus the log of the sum of all exponentials. onnxruntime vectorises a softmax
+        # and not that sum, so the log of the sum is computed as the likeliest word's logit minus the log of its
+        # probability.
         likely = graph.node("Softmax", logits, axis=1)
         best = graph.constant(np.array([0], np.int64))
         first, logit = graph.node("Gather", word, best, axis=1), graph.node("Gather", top, best, axis=1)
@@ -103,7 +104,7 @@ class DecoderExport:
     # Parts of the network -------------------------------------------------------------------------------------------
 
     def _normalised(self, graph: Graph, x: str) -> str:
-        """See `Decoder.normalise`."""
+        """Features scaled as `Decoder.normalise` scales them."""
         norm = self.decoder.config.feature_norm
         if norm == "none":
             return x
@@ -120,7 +121,7 @@ class DecoderExport:
         return str(graph.node("Mul", x, graph.weight("graph.standard.factor", factor)))
 
     def _word(self, graph: Graph, tokens: str) -> str:
-        """What the first layer makes of the word that is read; one scale a word."""
+        """The contribution of the word that is read to the gates of the first layer; in 8 bits, one scale a word."""
         weight = self.state["embedding.weight"]
         if self.exact:
             word = graph.node("Gather", graph.weight(_PREFIX + "embedding.weight", weight), tokens)

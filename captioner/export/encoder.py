@@ -43,7 +43,7 @@ class EncoderExport:
     """Builds the graph of one encoder."""
 
     def __init__(self, encoder: Encoder, weights: Weights, photos: Tensor | None) -> None:
-        """Measure the ranges of what the layers yield.
+        """Measure the range of each layer's output.
 
         Args:
             encoder: in evaluation mode.
@@ -78,7 +78,7 @@ class EncoderExport:
         return graph
 
     def _node(self, graph: Graph, node: fx.Node) -> None:
-        """Add one layer; those that are part of it get its value too."""
+        """Add one layer. The layers that become part of it, such as its ReLU, get the same value."""
         module = self.modules.get(str(node.target)) if node.op == "call_module" else None
         name = getattr(node.target, "__name__", str(node.target))
         sources = [arg for arg in _flat(node.args) if isinstance(arg, fx.Node)]
@@ -231,7 +231,7 @@ class EncoderExport:
         return _Value(y, value.scale)
 
     def _grid(self, graph: Graph, tap: fx.Node) -> str:
-        """What the tapped layer yields, averaged onto the grid and flattened: see `Encoder.flatten`."""
+        """The output of the tapped layer, averaged onto the grid and flattened as `Encoder.flatten` does."""
         pool = self.encoder.pool
         if isinstance(pool, nn.Identity):
             return str(graph.node("Flatten", self._real(graph, tap), axis=1))
@@ -357,7 +357,7 @@ class _Range:
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a network and notes the range of every layer, or what one of them yields."""
+    """Runs a network and notes the range of every layer, or the output of one of them."""
 
     def __init__(self, body: fx.GraphModule, keep: fx.Node | None = None) -> None:
         super().__init__(body)
@@ -378,7 +378,7 @@ class _Recorder(fx.Interpreter):
 
     @torch.inference_mode()
     def at(self, encoder: Encoder, photos: Tensor) -> Tensor:
-        """Means a channel of what the kept layer yields, `(photos, channels)`."""
+        """Means a channel of the kept layer's output, `(photos, channels)`."""
         self.run(encoder.standardise(photos.to(encoder.mean.device)).contiguous())
         return self.kept.cpu()
 

@@ -19,7 +19,7 @@ _SMALL = 1e-9
 
 @dataclass(frozen=True)
 class BleuStatistics:
-    """What corpus BLEU is computed from; sums of rows are the statistics of a larger corpus."""
+    """The counts that corpus BLEU is computed from; sums of rows are the statistics of a larger corpus."""
 
     correct: IntArray  # (captions, 4) n-grams that occur in a reference, clipped to their largest count in one
     guess: IntArray  # (captions, 4) n-grams in the caption

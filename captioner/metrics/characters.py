@@ -14,7 +14,7 @@ from functools import lru_cache
 
 UPPER, LOWER, MARK, DIGIT, SYMBOL, WIDE = "À", "à", "\u0300", "٠", "§", "\u2003"
 UNKNOWN, BEYOND = "\u0001", "\u0002"  # no token begins with either; those beyond U+FFFF count as two characters
-"""What stands for each class in an outline."""
+"""The characters that stand for each class in an outline."""
 
 # Characters that have rules of their own, and stand for themselves: the no-break space, the soft hyphen, Windows-1252
 # quotes and dashes in the control range, quotes, dashes, hyphens, currencies, fractions, super- and subscripts, and

@@ -1,21 +1,18 @@
 """CIDEr (Vedantam et al., CVPR 2015): how much a caption agrees with the consensus of its references.
 
-What pycocoevalcap calls `Cider`, and papers publish as CIDEr, is CIDEr-D: counts are clipped to the reference's and a
-Gaussian (sigma 6 words) punishes a difference in length. The paper's plain CIDEr has neither; it is here as
-`variant="original"`.
+pycocoevalcap's `Cider`, which papers publish as CIDEr, is CIDEr-D: counts are clipped to the reference's and a Gaussian
+(sigma 6 words) punishes a difference in length. The paper's plain CIDEr has neither.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from captioner.metrics.idf import Idf
 from captioner.metrics.ngrams import FloatArray, IntArray, Matches, ReferenceIndex, spans, sum_by
-
-Variant = Literal["d", "original"]
 
 _SIGMA = 6.0
 _SCALE = 10.0
@@ -27,21 +24,13 @@ class CiderD:
     Args:
         references: tokenised references of each image. Tokens are anything hashable: words, or ids.
         idf: document frequencies to use in place of those of `references`; its tokens are words.
-        variant: "d" clips counts and punishes length; "original" does neither.
 
     Raises:
         ValueError: an image has no reference.
     """
 
-    def __init__(
-        self,
-        references: Mapping[Any, Sequence[Sequence[Hashable]]],
-        *,
-        idf: Idf | None = None,
-        variant: Variant = "d",
-    ) -> None:
+    def __init__(self, references: Mapping[Any, Sequence[Sequence[Hashable]]], *, idf: Idf | None = None) -> None:
         self._weights = CiderWeights(ReferenceIndex(references, idf))
-        self._variant: Variant = variant
 
     def __call__(self, images: Sequence[Hashable], hypotheses: Sequence[Sequence[Hashable]]) -> FloatArray:
         """Scores hypotheses, any number of them per image.
@@ -61,7 +50,7 @@ class CiderD:
         index = self._weights.index
         rows = np.array([index.find(image) for image in images], dtype=np.int64)
         words, lengths = index.number(hypotheses)
-        return self._weights.score(rows, lengths, index.match(rows, words, lengths), self._variant)
+        return self._weights.score(rows, lengths, index.match(rows, words, lengths))
 
 
 class CiderWeights:
@@ -85,7 +74,7 @@ class CiderWeights:
             self._vectors.append(vector)
             self._norms.append(np.sqrt(sum_by(order.sentence, vector * vector, len(index.lengths))))
 
-    def score(self, images: IntArray, lengths: IntArray, matches: Sequence[Matches], variant: Variant) -> FloatArray:
+    def score(self, images: IntArray, lengths: IntArray, matches: Sequence[Matches]) -> FloatArray:
         """Scores hypotheses whose n-grams were matched by `index.match(images, words, lengths)`; (hypotheses,)."""
         index = self.index
         # a pair is a hypothesis with one reference of its image; pairs are numbered hypothesis by hypothesis
@@ -100,16 +89,15 @@ class CiderWeights:
             norm = np.sqrt(sum_by(found.hypothesis, vector * vector, len(images)))
             entry, position = spans(found.first, found.last)
             mine, theirs = vector[entry], self._vectors[n][position]
-            product = (np.minimum(mine, theirs) if variant == "d" else mine) * theirs
+            product = np.minimum(mine, theirs) * theirs
             hypothesis = found.hypothesis[entry]
             pair = first_pair[hypothesis] + reference.sentence[position] - index.first_sentence[images[hypothesis]]
             similarity = sum_by(pair, product, len(total))
             scale = norm[pair_hypothesis] * self._norms[n][pair_reference]
             total += np.divide(similarity, scale, out=similarity, where=scale != 0)
-        if variant == "d":
-            # the published code takes the number of bigrams for the length
-            bigrams = np.maximum(lengths - 1, 0)[pair_hypothesis] - np.maximum(index.lengths - 1, 0)[pair_reference]
-            total *= np.exp(-(bigrams.astype(np.float64) ** 2) / (2 * _SIGMA**2))
+        # the published code takes the number of bigrams for the length
+        bigrams = np.maximum(lengths - 1, 0)[pair_hypothesis] - np.maximum(index.lengths - 1, 0)[pair_reference]
+        total *= np.exp(-(bigrams.astype(np.float64) ** 2) / (2 * _SIGMA**2))
         sums = sum_by(pair_hypothesis, total, len(images))
         result: FloatArray = sums / len(matches) / references * _SCALE
         return result

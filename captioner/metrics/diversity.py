@@ -1,4 +1,4 @@
-"""What captions are like, references aside: how varied, how long, how often copied from training."""
+"""Measures of captions alone, without references: their variety, their length, the share copied from training."""
 
 from __future__ import annotations
 

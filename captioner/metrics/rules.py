@@ -101,8 +101,8 @@ class Rule:
     pattern: re.Pattern[str]  # the token is group 1; what follows the group is only looked at
     clean: Callable[[str], str]  # from the characters of the caption to the token
     keep: int = 0  # of the characters matched by group 1, how many at its end are left for the next token
-    accept: Callable[[str], bool] | None = None  # what else the characters must fulfil
-    first: str = "."  # what it can begin with: "a" a letter, "1" a digit, "<" a tag, "." the rest
+    accept: Callable[[str], bool] | None = None  # a condition on the matched characters
+    first: str = "."  # the kind of its first character: "a" a letter, "1" a digit, "<" a tag, "." the rest
 
 
 def _plain(text: str) -> str:
@@ -213,7 +213,7 @@ def rules() -> dict[str, list[Rule]]:
         ),
         rule(r"@[a-zA-Z_][a-zA-Z_0-9]*"),
         rule(rf"#{_LETTER}+"),
-        # what was split off
+        # the part that was split off
         rule(_CLITIC, r"[^A-Za-z]", _quotes),
         rule(_NOT, r"[^A-Za-z]", _quotes, first="a"),
         # numbers

@@ -98,7 +98,7 @@ def _evaluate(
     matches = index.match(images, words, lengths)
     statistics = bleu_statistics(index, images, lengths, matches)
     bleu = caption_bleu(statistics)
-    cider = CiderWeights(index).score(images, lengths, matches, "d")
+    cider = CiderWeights(index).score(images, lengths, matches)
     rouge = np.array([rouge_l(sentences, hypotheses[image]) for image, sentences in references.items()])
     corpus = {f"bleu_{n}": float(value) for n, value in enumerate(corpus_bleu(statistics), start=1)}
     corpus |= {"rouge_l": float(rouge.mean()), "cider": float(cider.mean()), "cider_d": float(cider.mean())}

@@ -21,7 +21,7 @@ from captioner.metrics.rules import is_abbreviation, rules
 PUNCTUATION = frozenset(
     ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
 )
-"""What the server removes. Its brackets are lower-case by then and stay: `-lrb-` is a token, and is scored."""
+"""The tokens that the server removes. It lower-cases brackets first, so they stay: `-lrb-` is scored like a word."""
 
 _SPACES = re.compile("[ \\t\u00a0\u2003]+")
 _PLAIN_WORD = re.compile("[A-Za-zÀà]+(?= )")

@@ -169,7 +169,7 @@ class Decoder(nn.Module):
             return features
         # The signed square root, and then unit length, keep a few active channels from outweighing the others
         # (Perronnin et al. 2010). Times sqrt(4096), the numbers are about 1, as the weights of `initial` expect.
-        # The clamp is there since the slope of the root at 0 is infinite.
+        # At 0 the slope of the root is infinite: the clamp keeps the gradient finite.
         rooted: Tensor = features.sign() * features.abs().clamp_min(1e-12).sqrt()
         scaled: Tensor = F.normalize(rooted, dim=1) * FEATURE_SIZE**0.5
         if self.config.feature_norm == "sqrt":

@@ -18,6 +18,7 @@ from torch.fx.experimental.optimization import fuse
 
 from captioner.config import Precision
 from captioner.decoding.step import Floats, Integers, Likeliest
+from captioner.errors import CaptionerError
 from captioner.networks.decoder import Decoder, HiddenState
 from captioner.networks.encoder import Encoder
 
@@ -39,7 +40,14 @@ def dtype_for(precision: Precision, device: torch.device) -> torch.dtype:
     """The type of number that a precision means on a device.
 
     "auto" is bf16 where the device is fast at it, fp16 on other GPUs, and fp32 elsewhere.
+
+    Raises:
+        CaptionerError: the device does not compute in fp16.
     """
+    if precision == "fp16":
+        if device.type != "cuda":
+            raise CaptionerError(f"precision is fp16, which is for GPUs, and the device is {device}; give fp32 or bf16")
+        return torch.float16
     if precision == "fp32":
         return torch.float32
     if precision == "bf16" or has_fast_bf16(device):

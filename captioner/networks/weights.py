@@ -34,7 +34,7 @@ def read(path: Path) -> dict[str, Tensor]:
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise WeightsError(f"{path}: cannot be read as weights ({reason}); delete it and fetch it again") from None
-    except Exception as error:  # what weights_only refuses to unpickle: the type depends on torch's version
+    except Exception as error:  # a pickle that weights_only refuses: the type depends on torch's version
         raise WeightsError(
             f"{path}: not a plain file of tensors ({type(error).__name__}); save a state dict, best as .safetensors"
         ) from None

@@ -2,7 +2,10 @@
 
 # ruff: noqa: F811
 
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,6 +56,43 @@ def test_options_override_the_preset(tmp_path: Path) -> None:
     assert config == replace(
         preset, data=replace(preset.data, data=tmp_path), decoding=replace(preset.decoding, beam_size=5)
     )
+
+
+@pytest.mark.parametrize(
+    "option", [("--encoder.name", "mini"), ("--decoder.hidden_size", "512"), ("--decoder.hidden-size=256",)]
+)
+def test_a_model_to_start_with_has_its_own_networks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: tuple[str, ...]
+) -> None:
+    """Even where the value is a preset's or the default, which `train` cannot tell from one that was not asked for."""
+    assert cli.run("train", ["shapes", "--start", str(tmp_path), "--output", str(tmp_path / "run"), *option]) == 2
+    name = option[0].partition("=")[0].replace("_", "-")
+    assert f"{name} cannot be chosen, as --start brings the model's own; leave one" in one_line(capsys)
+    assert parse(["shapes", "--start", "mini", "--encoder.weights", "file.pth"], "train.py").start == "mini"
+
+
+def test_a_request_to_end_saves_first(data: Path, tmp_path: Path) -> None:
+    """SIGTERM, as a cluster sends it: the exit status is the one that shells give, and the run can go on."""
+    arguments = train_arguments(data, tmp_path / "run", "--optimisation.epochs", "100000", "--checkpoint-minutes", "0")
+    with subprocess.Popen([sys.executable, "-m", "captioner", "train", *arguments], stderr=subprocess.PIPE) as process:
+        try:
+            until = time.monotonic() + 120
+            while not (tmp_path / "run" / "last").exists() and process.poll() is None and time.monotonic() < until:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 128 + signal.SIGTERM, errors.decode()
+    assert b"which is saved; the same command goes on" in errors
+    assert (tmp_path / "run" / "last" / "training.json").exists()
+
+
+def test_fp16_is_not_for_training(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.run("train", [*train_arguments(data, tmp_path / "run"), "--precision", "fp16"])
+    assert caught.value.code == 2
+    assert "fp16" in capsys.readouterr().err
 
 
 def test_an_interruption_is_one_line(

@@ -42,7 +42,7 @@ def rouge_l(references, hypothesis):
     return (1 + 1.2**2) * precision * recall / (recall + 1.2**2 * precision) if precision and recall else 0.0
 
 
-def cider(references, hypotheses, variant="d"):
+def cider(references, hypotheses):
     """CIDEr of each image, with document frequencies of these references."""
     result = []
     frequency = Counter()
@@ -64,9 +64,8 @@ def cider(references, hypotheses, variant="d"):
                 (mine, my_norm), (theirs, their_norm) = vector(hypotheses[image], n), vector(text, n)
                 if my_norm and their_norm:
                     both = mine.keys() & theirs.keys()
-                    clip = min if variant == "d" else (lambda a, b: a)
-                    product = sum(clip(mine[ngram], theirs[ngram]) * theirs[ngram] for ngram in both)
-                    penalty = math.exp(-(gap**2) / (2 * 6**2)) if variant == "d" else 1
+                    product = sum(min(mine[ngram], theirs[ngram]) * theirs[ngram] for ngram in both)
+                    penalty = math.exp(-(gap**2) / (2 * 6**2))
                     total += product / my_norm / their_norm * penalty
         result.append(10 * total / 4 / len(texts))
     return np.array(result)

@@ -12,6 +12,7 @@ from captioner.config import DecoderConfig, DecodingOptions, EncoderConfig, Enco
 from captioner.decoding.explain import explain
 from captioner.decoding.search import decode
 from captioner.decoding.step import Ensemble
+from captioner.errors import CaptionerError
 from captioner.networks.decoder import Decoder
 from captioner.networks.encoder import Encoder
 from captioner.networks.inference import TorchDecoder, TorchEngine, dtype_for, has_fast_bf16
@@ -327,6 +328,8 @@ def test_precision():
     assert dtype_for("bf16", device) == torch.bfloat16
     assert dtype_for("auto", device) == (torch.bfloat16 if has_fast_bf16(device) else torch.float32)
     assert not has_fast_bf16(torch.device("meta"))
+    with pytest.raises(CaptionerError, match="precision is fp16, which is for GPUs, and the device is cpu; give"):
+        dtype_for("fp16", device)
     assert dtype_for("auto", torch.device("meta")) == torch.float32
 
 
@@ -335,3 +338,4 @@ def test_a_gpu_without_bf16_computes_in_fp16(capability, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert dtype_for("auto", torch.device("cuda")) == dtype
     assert dtype_for("fp32", torch.device("cuda")) == torch.float32
+    assert dtype_for("fp16", torch.device("cuda")) == torch.float16
