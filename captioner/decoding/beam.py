@@ -7,6 +7,7 @@ group are next to each other.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ class Beams(NamedTuple):
     logprob: Floats  # (searches, captions): of all words so far; -inf in places that are empty
     search: Integers  # (searches,): the number of each search, by which a policy remembers what it needs
     time: int  # words that each caption has
+    words: Integers  # (rows, max_words): these words, and after them nothing of meaning
 
 
 class Candidates(NamedTuple):
@@ -39,6 +41,10 @@ class Choice(NamedTuple):
     word: Integers  # (searches, kept): with this word
     logprob: Floats  # (searches, kept): of all words so far; -inf where there was nothing to keep
     ended: Floats  # (searches, captions): of each old caption and [end]; -inf where it did not end here
+
+
+#: The log-probability of what cannot be.
+NEVER = np.float32(-np.inf)
 
 
 class Policy(Protocol):
@@ -117,27 +123,35 @@ def keep_best(
     """
     rank = going if penalty is None else going - penalty
     best = largest(rank, beams)
-    place = best + np.arange(0, rank.size, rank.shape[1])[:, None]  # in the flattened array
-    kept = np.take(going, place)
-    ranked = kept if penalty is None else np.take(rank, place)
-    return Choice(best // each, np.take(words, place), kept, among_best(ended, ranked, beams))
+    place = best + row_starts(*rank.shape)
+    kept = going.take(place)
+    ranked = kept if penalty is None else rank.take(place)
+    return Choice(best // each, words.take(place), kept, among_best(ended, ranked, beams))
 
 
 def among_best(ended: Floats, going: Floats, count: int) -> Floats:
     """Endings that are among the `count` best of themselves and the continuations; -inf in place of the others."""
-    both = np.hstack([going, ended])
+    both = np.concatenate((going, ended), axis=1)
     last = both.shape[1] - count
     if last <= 0:
         return ended
-    least = np.partition(both, last, axis=1)[:, last, None]
-    result: Floats = np.where(ended >= least, ended, np.float32(-np.inf))
+    both.partition(last, axis=1)
+    result: Floats = np.where(ended >= both[:, last, None], ended, NEVER)
     return result
+
+
+@lru_cache(maxsize=256)
+def row_starts(rows: int, columns: int) -> Integers:
+    """Where the rows of an array begin in the flattened array, `(rows, 1)`."""
+    starts = np.arange(rows)[:, None] * columns
+    starts.flags.writeable = False
+    return starts
 
 
 def _times_chosen(words: Integers, choices: list[Choice]) -> Floats:
     """How many of the earlier groups of a search continue with each word, `(searches, words)`."""
     times: npt.NDArray[np.float32] = np.zeros(words.shape, np.float32)
     for choice in choices:
-        chosen = np.where(choice.logprob > -np.inf, choice.word, -1)
+        chosen = np.where(choice.logprob > NEVER, choice.word, -1)
         times += (words[:, :, None] == chosen[:, None, :]).any(axis=2)
     return times

@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from captioner.config import DecodingOptions
-from captioner.decoding.beam import Beams, Candidates, Choice, Policy, among_best
+from captioner.decoding.beam import NEVER, Beams, Candidates, Choice, Policy, among_best
 from captioner.decoding.step import Floats, Integers, State, StepModel, largest
 from captioner.errors import CaptionerError
 
@@ -88,16 +88,15 @@ class Rules:
         self._early = self._late.copy()
         self._early[special.end] = -np.inf
         self._named_late: Floats = np.zeros(len(policy.named), np.float32)
-        self._named_early = np.where(policy.named == special.end, np.float32(-np.inf), self._named_late)
+        self._named_early = np.where(policy.named == special.end, NEVER, self._named_late)
         self._passed = len(others | {special.end})  # words that the model may answer with in vain
         self._named = policy.named
         self._all: Integers = np.arange(size)
         self._min_words = options.min_words
         self._ngram = options.no_repeat_ngram
-        self._history: Integers = np.zeros((0, 0), np.int64)  # (rows, words) where runs of words are not to repeat
 
     def ask(
-        self, model: StepModel, tokens: Integers, parents: Integers, state: State, count: int | None, time: int
+        self, model: StepModel, tokens: Integers, parents: Integers, state: State, count: int | None, beams: Beams
     ) -> tuple[Candidates, State]:
         """Ask for the words that may follow.
 
@@ -107,41 +106,37 @@ class Rules:
             parents: see `StepModel.step`.
             state: see `StepModel.step`.
             count: how many of the likeliest, beside those that the policy named; None: all.
-            time: words that each caption has.
+            beams: the captions that they may follow.
         """
-        row, word = self._repeats(tokens, parents, time)
-        penalty, on_named = (
-            (self._early, self._named_early) if time < self._min_words else (self._late, self._named_late)
-        )
+        row, word = self._repeats(beams)
+        early = beams.time < self._min_words
+        penalty, on_named = (self._early, self._named_early) if early else (self._late, self._named_late)
         if count is None:
             logprob, state = model.step_all(tokens, parents, state)
-            logprob = np.fmax(logprob + penalty, np.float32(-np.inf))  # which also takes the place of NaN
+            logprob = np.fmax(logprob + penalty, NEVER)  # which also takes the place of NaN
             logprob[row, word] = -np.inf
             return Candidates(logprob, self._all, logprob[:, :0]), state
         most = int(np.bincount(row).max()) if len(row) else 0
         count = min(count + self._passed + most, len(self._all))
         (logprob, words, named), state = model.step(tokens, parents, state, count, self._named)
-        logprob = np.fmax(logprob + penalty.take(words), np.float32(-np.inf))
-        named = np.fmax(named + on_named, np.float32(-np.inf))
+        logprob = np.fmax(logprob + penalty.take(words), NEVER)
+        named = np.fmax(named + on_named, NEVER)
         if len(row):
             for known, ids in ((logprob, words[row]), (named, self._named[None])):
                 pair, column = np.nonzero(ids == word[:, None])
                 known[row[pair], column] = -np.inf
         return Candidates(logprob, words, named), state
 
-    def _repeats(self, tokens: Integers, parents: Integers, time: int) -> tuple[Integers, Integers]:
+    def _repeats(self, beams: Beams) -> tuple[Integers, Integers]:
         """The rows and words that would repeat a run of `no_repeat_ngram` words."""
-        if self._ngram and time:
-            written = self._history[parents] if time > 1 else np.zeros((len(tokens), 0), np.int64)
-            self._history = np.hstack([written, tokens[:, None]])
-        runs = time - self._ngram + 1  # that a caption has
+        runs = beams.time - self._ngram + 1  # that a caption has
         if not self._ngram or runs <= 0:
             return self._all[:0], self._all[:0]
-        history, begins = self._history, np.ones((len(tokens), runs), np.bool_)
+        words, begins = beams.words, np.ones((len(beams.words), runs), np.bool_)
         for place in range(self._ngram - 1):  # whether a run begins as the words just written
-            begins &= history[:, place : place + runs] == history[:, runs + place, None]
-        row, run = np.nonzero(begins)
-        return row, history[row, run + self._ngram - 1]
+            begins &= words[:, place : place + runs] == words[:, runs + place, None]
+        row, run = begins.nonzero()
+        return row, words[row, run + self._ngram - 1]
 
 
 class Automaton:
@@ -275,7 +270,7 @@ class ConstrainedBeamSearch:
 
         # The bank of captions that need nothing comes last.
         bank = np.arange(self.banks)[::-1, None]
-        banked = np.where(needed[:, None] == bank, going[:, None], np.float32(-np.inf))  # (searches, banks, ...)
+        banked = np.where(needed[:, None] == bank, going[:, None], NEVER)  # (searches, banks, ...)
         place = largest(banked.reshape(searches * self.banks, -1), self._width).reshape(searches, -1)
         row = np.arange(searches)[:, None]
         logprob = np.take_along_axis(banked, place.reshape(searches, self.banks, -1), axis=2).reshape(searches, -1)

@@ -1,9 +1,8 @@
 """The search for captions, over any `StepModel`.
 
 One loop writes the captions of many photos at once, word by word (`search`). A policy decides which captions are kept
-after each word: beam search in `beam.py`, sampling in `sampling.py`, required words in `constraints.py`. The loop
-stores the words that were chosen and the captions that they continue; whole captions are read off backwards at the
-end.
+after each word: beam search in `beam.py`, sampling in `sampling.py`, required words in `constraints.py`. Captions that
+are over are collected, and ranked at the end.
 
 Log-probabilities are the model's own: natural logs of a softmax over the whole vocabulary, with `[pad]`, `[start]`
 and `[unk]` in it although they are never written.
@@ -12,7 +11,7 @@ and `[unk]` in it although they are never written.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from bisect import insort
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from captioner.config import DecodingOptions
-from captioner.decoding.beam import Beams, BeamSearch, Candidates, Choice, Policy
+from captioner.decoding.beam import NEVER, Beams, BeamSearch, Candidates, Choice, Policy, row_starts
 from captioner.decoding.constraints import ConstrainedBeamSearch, Rules, SpecialTokens, forbidden_ids
 from captioner.decoding.sampling import Sampling
 from captioner.decoding.step import Floats, Integers, StepModel, largest
@@ -48,8 +47,9 @@ class Step(NamedTuple):
 
     beams: Beams  # the captions that were to be continued
     choice: Choice  # the captions that were kept, and those that ended
-    #: Log-probabilities of the likeliest words and their ids, `(searches, captions, words)`, if they were asked for.
-    considered: tuple[Floats, Integers] | None = None
+    #: Log-probabilities of the likeliest words to follow each caption, and their ids, `(searches, captions, words)`.
+    logprob: Floats
+    word: Integers
 
 
 def decode(
@@ -83,7 +83,7 @@ def decode(
     count = math.ceil(rows / _ROWS)
     if workers > 1:  # as many parts for each
         count = min(math.ceil(count / workers) * workers, math.ceil(rows / _ROWS_WORKER))
-    parts = np.array_split(features, min(count, photos)) if photos else []
+    parts = np.array_split(features, min(count, photos)) if count > 1 else [features][:photos]
 
     def write(some: Floats) -> list[list[Hypothesis]]:
         captions, _ = search(model, some, special, options)
@@ -117,29 +117,34 @@ def search(
     photos = len(features)
     policy = _policy(options, special, features)
     rules = Rules(options, special, policy, model.vocabulary_size)
-    endings = _Endings(options, policy, photos * policy.searches)
+    found = _Found(options, policy, photos)
     count = max(policy.count, policy.beams + 1) if watch and policy.count is not None else policy.count
 
     # Every search begins with a caption of no words, or one in each group.
-    searches = np.arange(photos * policy.searches)
-    beams = Beams(np.zeros((len(searches), policy.groups), np.float32), searches, 0)
-    tokens = np.full(beams.logprob.size, special.start)
+    searches, rows = photos * policy.searches, photos * policy.searches * policy.groups
+    logprob: Floats = np.zeros((searches, policy.groups), np.float32)
+    beams = Beams(logprob, np.arange(searches), 0, np.zeros((rows, options.max_words), np.int64))
+    tokens = np.full(rows, special.start)
     parents = np.repeat(np.arange(photos), policy.searches * policy.groups)
     state = model.start(features)
     steps: list[Step] = []
     while len(beams.search) and beams.time < options.max_words:
-        candidates, state = rules.ask(model, tokens, parents, state, count, beams.time)
+        candidates, state = rules.ask(model, tokens, parents, state, count, beams)
         choice = policy.choose(candidates, beams)
-        considered = _considered(candidates, policy.named, beams, policy.beams + 1) if watch else None
-        steps.append(Step(beams, choice, considered))
-        logprob, going = endings.follow(beams, choice)
+        if watch:
+            steps.append(Step(beams, choice, *_considered(candidates, policy.named, beams, policy.beams + 1)))
+        logprob, going = found.follow(beams, choice)
         # From places in the captions of a search to rows of the model.
-        parent = choice.parent + np.arange(0, beams.logprob.size, beams.logprob.shape[1])[:, None]
+        parent = choice.parent + row_starts(*beams.logprob.shape)
         numbers, word = beams.search, choice.word
-        if not going.all():
+        if going is not None:
             numbers, logprob, parent, word = numbers[going], logprob[going], parent[going], word[going]
-        beams, parents, tokens = Beams(logprob, numbers, beams.time + 1), parent.ravel(), word.ravel()
-    return _captions(steps, beams, photos, policy, options), steps
+        parents, tokens = parent.ravel(), word.ravel()
+        words = beams.words.take(parents, axis=0)
+        words[:, beams.time] = tokens
+        beams = Beams(logprob, numbers, beams.time + 1, words)
+    found.cut(beams)
+    return found.ranked(), steps
 
 
 def relaxed(
@@ -158,17 +163,29 @@ def _policy(options: DecodingOptions, special: SpecialTokens, features: Floats) 
     return BeamSearch(options, special.end)
 
 
-class _Endings:
-    """Counts the captions that ended, and so knows which searches are over."""
+class _Caption(NamedTuple):
+    """A caption that is over."""
 
-    def __init__(self, options: DecodingOptions, policy: Policy, searches: int) -> None:
-        self._options = options
-        self._quota = policy.quota
-        self._count = np.zeros((searches, policy.groups), np.int64)
-        #: Scores of the best captions that ended, worst first, `(searches, groups, wanted)`.
-        self._best: Floats = np.full((searches, policy.groups, policy.wanted), -np.inf, np.float32)
+    photo: int
+    words: list[int]
+    logprob: float
+    finished: bool  # ended with [end]
+    stuck: bool = False  # the last caption of a group that came to a dead end
 
-    def follow(self, beams: Beams, choice: Choice) -> tuple[Floats, npt.NDArray[np.bool_]]:
+
+class _Found:
+    """Collects the captions that are over, and so knows which searches are."""
+
+    def __init__(self, options: DecodingOptions, policy: Policy, photos: int) -> None:
+        self._options, self._policy, self._photos = options, policy, photos
+        self._captions: list[_Caption] = []
+        groups = photos * policy.searches * policy.groups  # of all searches; from here on they are numbered through
+        self._scores: list[list[float]] = [[] for _ in range(groups)]  # of the captions that ended, worst first
+        self._dead: set[int] = set()  # groups that came to a dead end
+        #: The score that a caption of each group must exceed, `(searches, groups)`: infinite where the group is over.
+        self._least: Floats = np.full((photos * policy.searches, policy.groups), -np.inf, np.float32)
+
+    def follow(self, beams: Beams, choice: Choice) -> tuple[Floats, npt.NDArray[np.bool_] | None]:
         """Note the captions that ended.
 
         A group goes on until as many captions ended as it has beams. A search goes on until no group does, or until no
@@ -176,24 +193,70 @@ class _Endings:
         and so end the search too early; to drop a single group would leave its words to the groups after it.
 
         Returns:
-            Log-probabilities of the captions that were kept, -inf in groups that are over, and which searches go on.
+            Log-probabilities of the captions that were kept, -inf in groups that are over, and which searches go on;
+            None: all.
         """
-        searches, groups = len(beams.search), self._count.shape[1]
-        ended, logprob = choice.ended.reshape(searches, groups, -1), choice.logprob.reshape(searches, groups, -1)
-        found = ended > -np.inf
-        if found.any():
-            self._count[beams.search] += found.sum(axis=2)
-            scores = np.concatenate([self._best[beams.search], _score(ended, beams.time + 1, self._options)], axis=2)
-            scores.sort(axis=2)
-            self._best[beams.search] = scores[:, :, -self._best.shape[2] :]
-        over = self._count[beams.search] >= self._quota
-        if groups > 1:
-            logprob = np.where(over[:, :, None], np.float32(-np.inf), logprob)
+        self._note(beams, choice.ended, finished=True)
+        least = self._least.take(beams.search, axis=0)
+        logprob = choice.logprob.reshape(*least.shape, -1)
+        if self._policy.groups > 1:
+            logprob = np.where(least[:, :, None] < np.inf, logprob, NEVER)
         # Log-probabilities only fall, so that the score at the longest length bounds the score of whatever may follow.
-        bound = _score(logprob.max(axis=2), self._options.max_words, self._options)
-        promising = (bound > self._best[beams.search, :, 0]) & ~over
-        going: npt.NDArray[np.bool_] = np.any(promising, axis=1)
-        return logprob.reshape(searches, -1), going
+        promising = _score(logprob.max(axis=2), self._options.max_words, self._options) > least
+        if promising.all():
+            return choice.logprob, None
+        self._note_dead(beams, ~promising)
+        return logprob.reshape(choice.logprob.shape), promising.any(axis=1)
+
+    def cut(self, beams: Beams) -> None:
+        """Note the captions that were still being written after the last step."""
+        self._note(beams, beams.logprob, finished=False)
+
+    def ranked(self) -> list[list[Hypothesis]]:
+        """The best captions of each photo."""
+        logprob = np.array([caption.logprob for caption in self._captions], np.float32)
+        length = np.array([max(len(caption.words) + caption.finished, 1) for caption in self._captions])
+        scores = _score(logprob, length, self._options).tolist()
+        captions: list[list[Hypothesis]] = [[] for _ in range(self._photos)]
+        for score, (photo, words, logprob, finished, stuck) in sorted(
+            zip(scores, self._captions, strict=True), key=lambda each: (each[1].stuck, -each[0])
+        ):
+            others, tokens = captions[photo], tuple(words)
+            again = self._policy.distinct and any(other.tokens == tokens for other in others)
+            if len(others) < self._options.num_captions and not again:
+                satisfied = not (stuck and self._options.required_words)
+                others.append(Hypothesis(tokens, logprob, score, finished, satisfied))
+        return captions
+
+    def _note(self, beams: Beams, logprob: Floats, *, finished: bool) -> None:
+        """Note the captions whose log-probability is not -inf."""
+        row, place = (logprob > NEVER).nonzero()
+        if not len(row):
+            return
+        policy, size = self._policy, logprob.shape[1] // self._policy.groups
+        logprob = logprob[row, place]
+        score = _score(logprob, beams.time + 1, self._options)
+        group = beams.search[row] * policy.groups + place // size
+        words = beams.words[row * beams.logprob.shape[1] + place, : beams.time]
+        for number, *caption, points in zip(*(part.tolist() for part in (group, words, logprob, score)), strict=True):
+            self._captions.append(_Caption(number // (policy.groups * policy.searches), *caption, finished))
+            scores = self._scores[number]
+            insort(scores, points)
+            if len(scores) >= policy.wanted:
+                self._least.flat[number] = scores[-policy.wanted] if len(scores) < policy.quota else np.inf
+
+    def _note_dead(self, beams: Beams, over: npt.NDArray[np.bool_]) -> None:
+        """Note the likeliest caption that a group had, where no caption ended and none goes on."""
+        policy = self._policy
+        for row, group in zip(*(part.tolist() for part in over.nonzero()), strict=True):
+            number = int(beams.search[row]) * policy.groups + group
+            if not self._scores[number] and number not in self._dead:
+                self._dead.add(number)
+                logprob = beams.logprob[row].reshape(policy.groups, -1)
+                place = group * logprob.shape[1] + int(logprob[group].argmax())
+                words = beams.words[row * logprob.size + place, : beams.time].tolist()
+                photo = number // (policy.groups * policy.searches)
+                self._captions.append(_Caption(photo, words, float(logprob[group].max()), False, stuck=True))
 
 
 def _considered(candidates: Candidates, named: Integers, beams: Beams, count: int) -> tuple[Floats, Integers]:
@@ -219,101 +282,3 @@ def _score(logprob: Floats, length: Any, options: DecodingOptions) -> Floats:
     elif options.length_normalisation == "gnmt":
         logprob = logprob / ((5 + length) / 6) ** options.gnmt_alpha
     return logprob
-
-
-#: A caption that a search found.
-_OUTCOME = np.dtype(
-    [
-        ("words", np.int64),  # how many it has
-        ("search", np.int64),  # the number of its search
-        ("place", np.int64),  # its place among the captions of the search that had as many words
-        ("logprob", np.float32),
-        ("finished", np.bool_),  # ended with [end]
-        ("stuck", np.bool_),  # the last caption of a group that came to a dead end
-    ]
-)
-_Outcomes = npt.NDArray[np.void]  # of this type
-
-
-def _captions(
-    steps: Sequence[Step], last: Beams, photos: int, policy: Policy, options: DecodingOptions
-) -> list[list[Hypothesis]]:
-    """Collect the captions that ended and those that were cut, and rank them.
-
-    Args:
-        steps: of the search.
-        last: captions that were still being written after the last step.
-        photos: how many there are.
-        policy: of the search.
-        options: say how captions are ranked, and how many are wanted.
-    """
-    ended = [_outcomes(step.beams, step.choice.ended, finished=True) for step in steps]
-    found = np.concatenate([*ended, _outcomes(last, last.logprob)])
-    # Groups in which nothing ended and nothing was cut came to a dead end; groups are counted through all searches.
-    widths = np.array([*(step.beams.logprob.shape[1] for step in steps), last.logprob.shape[1]]) // policy.groups
-    group = found["search"] * policy.groups + found["place"] // widths[found["words"]]
-    dead = np.flatnonzero(np.bincount(group, minlength=photos * policy.searches * policy.groups) == 0)
-    found = np.concatenate([found, *(_last_caption(steps, number, policy.groups) for number in dead.tolist())])
-
-    score = _score(found["logprob"], np.maximum(found["words"] + found["finished"], 1), options)
-    image = found["search"] // policy.searches
-    order = np.lexsort((-score, found["stuck"], image))
-    # Groups may find the same caption, so that as many times as many captions are read.
-    rank = np.arange(len(order)) - np.searchsorted(image[order], image[order])
-    order = order[rank < options.num_captions * policy.groups]
-    found = found[order]
-
-    captions: list[list[Hypothesis]] = [[] for _ in range(photos)]
-    ranked = zip(image[order].tolist(), score[order].tolist(), found.tolist(), _read_back(steps, found), strict=True)
-    for photo, points, (words, _, _, logprob, finished, stuck), tokens in ranked:
-        satisfied = not (stuck and options.required_words)
-        hypothesis = Hypothesis(tuple(tokens[:words]), logprob, points, finished, satisfied)
-        others = captions[photo]
-        again = policy.distinct and any(other.tokens == hypothesis.tokens for other in others)
-        if len(others) < options.num_captions and not again:
-            others.append(hypothesis)
-    return captions
-
-
-def _outcomes(beams: Beams, logprob: Floats, *, finished: bool = False) -> _Outcomes:
-    """The captions of a grid whose log-probability is not -inf."""
-    row, place = np.nonzero(logprob > -np.inf)
-    found = np.zeros(len(row), _OUTCOME)
-    found["words"], found["finished"] = beams.time, finished
-    found["search"], found["place"], found["logprob"] = beams.search[row], place, logprob[row, place]
-    return found
-
-
-def _last_caption(steps: Sequence[Step], number: int, groups: int) -> _Outcomes:
-    """The likeliest caption that a group, counted through all searches, had before it came to a dead end."""
-    search, group = divmod(number, groups)
-    for beams, *_ in reversed(steps):
-        for row in np.flatnonzero(beams.search == search):
-            logprob = beams.logprob[row].reshape(groups, -1)[group]
-            best = int(logprob.argmax())
-            if logprob[best] > -np.inf:
-                outcome = (beams.time, search, group * len(logprob) + best, logprob[best], False, True)
-                return np.array([outcome], _OUTCOME)
-    raise AssertionError("every group begins with a caption")
-
-
-def _read_back(steps: Sequence[Step], captions: _Outcomes) -> list[list[int]]:
-    """Follow captions from their last word to their first, all at once.
-
-    Args:
-        steps: of the search.
-        captions: whose words are wanted.
-
-    Returns:
-        The words of each, and after them zeros up to the same length.
-    """
-    tokens = np.zeros((len(captions), len(steps)), np.int64)
-    place = captions["place"].copy()
-    for time in reversed(range(len(steps))):
-        written = np.flatnonzero(captions["words"] > time)
-        choice = steps[time].choice
-        row = np.searchsorted(steps[time].beams.search, captions["search"][written])
-        tokens[written, time] = choice.word[row, place[written]]
-        place[written] = choice.parent[row, place[written]]
-    result: list[list[int]] = tokens.tolist()
-    return result

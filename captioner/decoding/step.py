@@ -125,7 +125,7 @@ def largest(values: Floats, count: int) -> Integers:
     """
     rows, columns = values.shape
     if columns <= max(_FEW, count):
-        return np.argsort(-values, axis=1, kind="stable")[:, :count]
+        return (-values).argsort(axis=1, kind="stable")[:, :count]
     least = np.partition(values, columns - count, axis=1)[:, columns - count]
     row, column = np.nonzero(values >= least[:, None])  # `count` in a row, or more where the last are equal
     column = column[np.lexsort((-values[row, column], row))]
