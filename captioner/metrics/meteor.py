@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from captioner.metrics import meteor_index
-from captioner.metrics.meteor_alignment import Match, Sentence, Word, align, candidates
+from captioner.metrics.meteor_alignment import Hypothesis, Sentence, Word, align, candidates
 from captioner.metrics.meteor_words import java_hash, normaliser
 from captioner.metrics.ngrams import FloatArray
 
@@ -23,6 +23,7 @@ Task = Literal["rank", "adq", "hter"]
 
 _SEPARATOR = "|||"  # of captions on the jar's input, from which it cannot be told when a caption holds it
 _KINDS = 4
+_TOGETHER = 256  # images that are matched together, which bounds the memory
 _KEPT = 1 << 20  # paraphrases that are kept ready in memory
 
 
@@ -148,38 +149,34 @@ class Meteor:
                 any text on one line.
             hypotheses: the caption to score of each image, likewise.
         """
-        lines: list[str] = []
-        owner: list[int] = []
-        for image, (texts, hypothesis) in enumerate(zip(references, hypotheses, strict=True)):
-            # the line that pycocoevalcap writes for the jar, and how the jar reads it
-            hypothesis = hypothesis.replace(_SEPARATOR, "").replace("  ", " ")
-            parts = f" {_SEPARATOR} ".join([*texts, hypothesis]).split(_SEPARATOR)
-            lines += parts
-            owner += [image] * (len(parts) - 1)
-            owner.append(-1)
-        sentences = self._sentences(lines)
-        rows: list[list[int]] = []
-        last = len(sentences)
-        images: list[int] = []
-        for place in range(len(sentences) - 1, -1, -1):  # from the end, where the hypothesis of each image stands
-            if owner[place] < 0:
-                last = place
-            else:
-                rows.append(self._compare(sentences[last], sentences[place]))
-                images.append(owner[place])
-        counts = np.array(rows[::-1], dtype=np.float64).reshape(-1, STATISTICS)
-        scores = MeteorStatistics(counts, self.task).per_caption()
-        first = np.searchsorted(images[::-1], np.arange(len(hypotheses) + 1))
-        best = [low + int(scores[low:high].argmax()) for low, high in zip(first[:-1], first[1:], strict=True)]
-        return MeteorStatistics(counts[best], self.task)
+        best = [
+            self._best(references[start : start + _TOGETHER], hypotheses[start : start + _TOGETHER])
+            for start in range(0, len(hypotheses), _TOGETHER)
+        ]
+        return MeteorStatistics(np.concatenate([np.zeros((0, STATISTICS)), *best]), self.task)
 
-    def _sentences(self, lines: Sequence[str]) -> list[Sentence]:
-        known: dict[str, Sentence] = {}
-        different = list(dict.fromkeys(lines))
-        words = [self._normalise(line) for line in different]
-        for line, tokens, phrases in zip(different, words, self._index.phrases(words), strict=True):
-            known[line] = Sentence([self._word(token) for token in tokens], phrases)
-        return [known[line] for line in lines]
+    def _best(self, references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> FloatArray:
+        """The statistics of each hypothesis with its best reference, of equals the first."""
+        lines: list[str] = []  # those of an image in a row, its hypothesis last
+        ends: list[int] = []
+        for texts, caption in zip(references, hypotheses, strict=True):
+            # the line that pycocoevalcap writes for the jar, and how the jar reads it
+            written = caption.replace(_SEPARATOR, "").replace("  ", " ")
+            lines += f" {_SEPARATOR} ".join([*texts, written]).split(_SEPARATOR)
+            ends.append(len(lines))
+        words = [self._normalise(line) for line in lines]
+        phrases = self._index.phrases(words)
+        rows: list[list[int]] = []
+        first = [0]
+        for start, end in zip([0, *ends], ends, strict=False):
+            hypothesis = Hypothesis([self._word(word) for word in words[end - 1]], phrases[end - 1])
+            for line in range(start, end - 1):
+                reference = Sentence([self._word(word) for word in words[line]], phrases[line])
+                rows.append(self._compare(hypothesis, reference))
+            first.append(len(rows))
+        counts = np.array(rows, dtype=np.float64).reshape(-1, STATISTICS)
+        scores = MeteorStatistics(counts, self.task).per_caption()
+        return counts[[low + int(scores[low:high].argmax()) for low, high in zip(first, first[1:], strict=False)]]
 
     def _word(self, word: str) -> Word:
         known = self._words.get(word)
@@ -201,7 +198,7 @@ class Meteor:
             self._kept += len(known)
         return known
 
-    def _compare(self, hypothesis: Sentence, reference: Sentence) -> list[int]:
+    def _compare(self, hypothesis: Hypothesis, reference: Sentence) -> list[int]:
         """The statistics of a hypothesis with one reference."""
         matches = align(candidates(hypothesis, reference, self._places), len(hypothesis.words))
         row = [0] * STATISTICS

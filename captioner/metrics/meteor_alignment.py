@@ -29,14 +29,12 @@ class Word(NamedTuple):
     function: bool  # whether it is one of the words that weigh less
 
 
-class Match(NamedTuple):
-    """Words of the reference and words of the hypothesis that may stand for one another."""
+Match = tuple[int, int, int, int, int]
+"""Words that may stand for one another: the kind (EXACT to PARAPHRASE), the first word and the words in the reference,
+the first word and the words in the hypothesis. A plain tuple, because millions are made."""
 
-    kind: int  # EXACT, STEM, SYNONYM or PARAPHRASE
-    reference: int  # the first word in the reference
-    reference_words: int
-    hypothesis: int  # the first word in the hypothesis
-    hypothesis_words: int
+Span = tuple[int, int, int]
+"""A phrase in a sentence: its number, its first word, its words."""
 
 
 class Sentence:
@@ -44,30 +42,38 @@ class Sentence:
 
     Args:
         words: its words.
-        phrases: those of its phrases that have paraphrases or are one: number, first word, words; in the order of the
-            first word, then of length.
+        phrases: those of its phrases that have paraphrases or are one, in the order of the first word, then of length.
     """
 
-    __slots__ = ("by_key", "by_phrase", "by_stem", "by_synset", "phrases", "words")
+    __slots__ = ("by_phrase", "phrases", "words")
 
-    def __init__(self, words: Sequence[Word], phrases: Sequence[tuple[int, int, int]]) -> None:
+    def __init__(self, words: Sequence[Word], phrases: Sequence[Span]) -> None:
         self.words = words
         self.phrases = phrases
+        self.by_phrase: dict[int, list[Span]] = {}
+        for span in phrases:
+            self.by_phrase.setdefault(span[0], []).append(span)
+
+
+class Hypothesis(Sentence):
+    """A sentence whose words are looked up, once for each of its references."""
+
+    __slots__ = ("by_key", "by_stem", "by_synset")
+
+    def __init__(self, words: Sequence[Word], phrases: Sequence[Span]) -> None:
+        super().__init__(words, phrases)
         self.by_key: dict[int, list[int]] = {}
         self.by_stem: dict[int, list[int]] = {}
         self.by_synset: dict[int, list[int]] = {}
-        self.by_phrase: dict[int, list[tuple[int, int]]] = {}
         for place, word in enumerate(words):
             self.by_key.setdefault(word.key, []).append(place)
             self.by_stem.setdefault(word.stem, []).append(place)
             for synset in word.synsets:
                 self.by_synset.setdefault(synset, []).append(place)
-        for number, place, length in phrases:
-            self.by_phrase.setdefault(number, []).append((place, length))
 
 
 def candidates(
-    hypothesis: Sentence, reference: Sentence, paraphrases: Callable[[int], dict[int, int]]
+    hypothesis: Hypothesis, reference: Sentence, paraphrases: Callable[[int], dict[int, int]]
 ) -> list[list[Match]]:
     """What could match, by the first word in the reference; exact matches first, then stems, synonyms, paraphrases.
 
@@ -80,48 +86,44 @@ def candidates(
     differ = len(hypothesis.words) != len(reference.words)
     for place, word in enumerate(reference.words):
         equal = hypothesis.by_key.get(word.key, ())
-        found.append([Match(EXACT, place, 1, other, 1) for other in equal])
+        found.append([(EXACT, place, 1, other, 1) for other in equal])
         differ = differ or place not in equal
     if not differ:  # equal sentences are matched word by word
         return found
     words = hypothesis.words
-    for place, word in enumerate(reference.words):
+    by_stem, by_synset = hypothesis.by_stem, hypothesis.by_synset
+    for place, (key, stem, synsets, _) in enumerate(reference.words):
         here = found[place]
-        key = word.key
-        same_stem = hypothesis.by_stem.get(word.stem)
-        if same_stem is not None:
-            here += [Match(STEM, place, 1, other, 1) for other in same_stem if words[other].key != key]
-        shared = {other for synset in word.synsets for other in hypothesis.by_synset.get(synset, ())}
+        for other in by_stem.get(stem, ()):
+            if words[other].key != key:
+                here.append((STEM, place, 1, other, 1))
+        shared = by_synset.keys() & synsets
         if shared:
-            here += [Match(SYNONYM, place, 1, other, 1) for other in sorted(shared) if words[other].key != key]
+            for other in sorted({other for synset in shared for other in by_synset[synset]}):
+                if words[other].key != key:
+                    here.append((SYNONYM, place, 1, other, 1))
     for number, place, length in reference.phrases:
-        for other, words_there in _occurrences(paraphrases(number), hypothesis):
-            found[place].append(Match(PARAPHRASE, place, length, other, words_there))
+        for _, other, other_length in _occurrences(paraphrases(number), hypothesis):
+            found[place].append((PARAPHRASE, place, length, other, other_length))
     for number, place, length in hypothesis.phrases:
-        for other, words_there in _occurrences(paraphrases(number), reference):
-            found[other].append(Match(PARAPHRASE, other, words_there, place, length))
+        for _, other, other_length in _occurrences(paraphrases(number), reference):
+            found[other].append((PARAPHRASE, other, other_length, place, length))
     return found
 
 
-def _occurrences(phrases: dict[int, int], sentence: Sentence) -> list[tuple[int, int]]:
-    """Where in a sentence any of some phrases stand, in the order of the phrases: first word, words."""
+def _occurrences(phrases: dict[int, int], sentence: Sentence) -> Sequence[Span]:
+    """Where in a sentence any of some phrases stand, in the order of the phrases."""
     if phrases.keys().isdisjoint(sentence.by_phrase):
-        return []
+        return ()
     shared = sorted(phrases.keys() & sentence.by_phrase.keys(), key=phrases.__getitem__)
     return [span for number in shared for span in sentence.by_phrase[number]]
 
 
-class _Path(NamedTuple):
-    """A choice of candidates for the words of the reference up to some word."""
-
-    rank: int
-    used: int  # a bit for each word of the hypothesis that is matched
-    end: int  # where in the hypothesis the last match ends; -1 if it is no neighbour of the next word
-    following: int  # the first word of the reference behind the last match
-    matches: tuple[Match, _Matches] | None
-
-
-_Matches = tuple[Match, "_Matches"] | None
+_Chosen = tuple[Match, "_Chosen"] | None
+# A choice of candidates for the words of the reference up to some word: its rank; a bit for each word of the hypothesis
+# that is matched; where in the hypothesis the last match ends, -1 if the next word is no neighbour of it; the first word
+# of the reference behind the last match; the matches, last first. A plain tuple for speed.
+_Path = tuple[int, int, int, int, _Chosen]
 _rank = itemgetter(0)
 
 
@@ -143,65 +145,50 @@ def align(found: Sequence[Sequence[Match]], words: int) -> list[Match]:
         The matches, in the order of the reference.
     """
     fixed = _without_rival(found, words)
-    paths = [_Path(0, 0, -1, 0, None)]
-    sorted_yet = True
+    paths: list[_Path] = [(0, 0, -1, 0, None)]
     for place, options in enumerate(found):
-        if not sorted_yet:
+        if len(paths) > 1:
             paths.sort(key=_rank)
-            del paths[_BEAM:]
-        before, paths = paths, []
+        before, paths = paths[:_BEAM], []
         for path in before:
-            rank, used, end, following, matches = path
+            rank, used, end, following, chosen = path
             if following > place:
                 paths.append(path)
                 continue
-            if options and fixed[place]:
-                paths.append(_extended(path, options[0], rank))
-                continue
             for match in options:
-                if not used & (((1 << match[4]) - 1) << match[3]):
-                    paths.append(_extended(path, match, rank))
-                    rank += abs(match[1] - match[3])
-            paths.append(_Path(rank if end < 0 else rank + _CHUNK, used, -1, following, matches))
-        sorted_yet = len(paths) == 1
+                kind, _, length, other, other_length = match
+                covered = ((1 << other_length) - 1) << other
+                if used & covered:
+                    continue
+                size = 2 if kind == EXACT else length // 2 + other_length // 2
+                new = rank - size * _COVERED if end < 0 or end == other else rank - size * _COVERED + _CHUNK
+                paths.append((new, used | covered, other + other_length, place + length, (match, chosen)))
+                rank += abs(place - other)
+            if not fixed[place]:
+                paths.append((rank if end < 0 else rank + _CHUNK, used, -1, following, chosen))
     paths.sort(key=_rank)
-    best = min(paths[:_BEAM], key=lambda path: path.rank if path.end < 0 else path.rank + _CHUNK)
-    chosen: list[Match] = []
-    rest = best.matches
+    best = min(paths[:_BEAM], key=lambda path: path[0] if path[2] < 0 else path[0] + _CHUNK)
+    matches: list[Match] = []
+    rest = best[4]
     while rest is not None:
         match, rest = rest
-        chosen.append(match)
-    return chosen[::-1]
-
-
-def _extended(path: _Path, match: Match, rank: int) -> _Path:
-    _, used, end, _, matches = path
-    kind, reference, reference_words, hypothesis, hypothesis_words = match
-    if kind == EXACT:
-        rank -= 2 * _COVERED
-    else:
-        rank -= (reference_words // 2 + hypothesis_words // 2) * _COVERED
-    if end >= 0 and end != hypothesis:
-        rank += _CHUNK
-    used |= ((1 << hypothesis_words) - 1) << hypothesis
-    return _Path(rank, used, hypothesis + hypothesis_words, reference + reference_words, (match, matches))
+        matches.append(match)
+    return matches[::-1]
 
 
 def _without_rival(found: Sequence[Sequence[Match]], words: int) -> list[bool]:
     """For each word of the reference whether its only candidate overlaps no other candidate in either sentence."""
     reference, hypothesis = [0] * len(found), [0] * words
     for options in found:
-        for _, first, length, other, other_length in options:
-            for place in range(first, first + length):
-                reference[place] += 1
-            for place in range(other, other + other_length):
-                hypothesis[place] += 1
-    alone = []
+        for _, place, length, other, other_length in options:
+            for covered in range(place, place + length):
+                reference[covered] += 1
+            for covered in range(other, other + other_length):
+                hypothesis[covered] += 1
+    alone = [False] * len(found)
     for options in found:
         if len(options) == 1:
-            _, first, length, other, other_length = options[0]
-            covers = (*reference[first : first + length], *hypothesis[other : other + other_length])
-            alone.append(all(times == 1 for times in covers))
-        else:
-            alone.append(False)
+            _, place, length, other, other_length = options[0]
+            covers = (*reference[place : place + length], *hypothesis[other : other + other_length])
+            alone[place] = sum(covers) == length + other_length
     return alone

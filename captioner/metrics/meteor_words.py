@@ -43,6 +43,7 @@ _MARKS = _rules(
     (rf"([{_LETTERS}0-9.])-([{_LETTERS}0-9])", r"\1 \2"),
 )
 _HAS_LETTER = re.compile(f"[{_LETTERS}]")
+_PLAIN = re.compile("[a-z ]*")  # most captions, which no rule changes
 _SEPARATORS = re.compile("[ \t\n\r\f]+")
 _CONTROLS = "".join(map(chr, range(0x21)))  # trimmed at both ends
 
@@ -68,6 +69,8 @@ def normaliser(prefixes: str) -> Callable[[str], list[str]]:
         return [stem, "."]
 
     def normalise(line: str) -> list[str]:
+        if _PLAIN.fullmatch(line):
+            return line.split()
         text = " ".join(_SEPARATORS.split(line.strip(_CONTROLS)))
         text = _OTHER.sub(r" \1 ", text.translate(_APOSTROPHES))
         text = f" {_DOTS.sub(lambda run: f' {run[0]} ', text)} "
