@@ -71,12 +71,11 @@ def normaliser(prefixes: str) -> Callable[[str], list[str]]:
     def normalise(line: str) -> list[str]:
         if _PLAIN.fullmatch(line):
             return line.split()
-        text = " ".join(_SEPARATORS.split(line.strip(_CONTROLS)))
-        text = _OTHER.sub(r" \1 ", text.translate(_APOSTROPHES))
+        text = _OTHER.sub(r" \1 ", line.strip(_CONTROLS).translate(_APOSTROPHES))
         text = f" {_DOTS.sub(lambda run: f' {run[0]} ', text)} "
         for pattern, replacement in _MARKS:
             text = pattern.sub(replacement, text)
-        words = [word for word in text.split(" ") if word]
+        words = [word for word in _SEPARATORS.split(text) if word]
         parts: list[str] = []
         for word, following in zip(words, [*words[1:], ""], strict=False):
             if word.endswith(".") and word.strip("."):
