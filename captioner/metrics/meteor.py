@@ -1,16 +1,17 @@
 """METEOR 1.5 (Denkowski & Lavie, WMT 2014) for English without Java, equal to `meteor-1.5.jar -l en -norm`.
 
-Words of the hypothesis are matched with words of a reference, exactly, by stem, by synonym or by paraphrase. With P and
-R the weighted shares of the hypothesis and of the reference that are matched, Fmean = 1 / ((1 - alpha) / P + alpha / R),
+Words of the hypothesis are matched with words of a reference, exactly, by stem, by synonym or by paraphrase. P is the
+weighted share of the hypothesis that is matched and R that of the reference, Fmean = 1 / ((1 - alpha) / P + alpha / R),
 and the score is Fmean (1 - gamma (chunks / matches)^beta). The best reference counts; the score of a corpus comes from
 the summed statistics of its captions, and is not their mean.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 
@@ -29,7 +30,7 @@ _KEPT = 1 << 20  # paraphrases that are kept ready in memory
 
 @dataclass(frozen=True)
 class Parameters:
-    """What the score weighs how."""
+    """The weights of the score."""
 
     alpha: float  # of recall against precision, 0 to 1
     beta: float  # how steeply chunks are punished
@@ -46,13 +47,13 @@ PARAMETERS: dict[Task, Parameters] = {
 """Tuned on people's rankings (the default of the jar and of COCO), on their ratings of adequacy, and on HTER."""
 
 STATISTICS = 4 + 4 * _KINDS + 3
-"""Numbers a caption, in the order of the jar: words of the hypothesis and of the reference; function words of both; for
-each kind of match the content words matched in both and the function words matched in both; chunks; words matched in both."""
+"""Numbers a caption, in the order of the jar, in pairs for the hypothesis and for the reference: words; function words;
+for each kind of match the content words matched and the function words matched; chunks (one number); words matched."""
 
 
 @dataclass(frozen=True)
 class MeteorStatistics:
-    """What METEOR is computed from; sums of rows are the statistics of a larger corpus."""
+    """The counts that METEOR is computed from; sums of rows are the statistics of a larger corpus."""
 
     counts: FloatArray  # (captions, STATISTICS) of each hypothesis with its best reference
     task: Task
@@ -66,7 +67,7 @@ class MeteorStatistics:
         return float(meteor_from_sums(self.summable().sum(axis=0), PARAMETERS[self.task]))
 
     def summable(self) -> FloatArray:
-        """The counts, without the chunk of captions that are matched completely and in one chunk, as the jar sums them."""
+        """The counts as the jar sums them: captions that are matched completely and in one chunk count none."""
         counts = self.counts.copy()
         complete = (counts[:, 0] == counts[:, -2]) & (counts[:, 1] == counts[:, -1]) & (counts[:, -3] == 1)
         counts[complete, -3] = 0
@@ -84,7 +85,9 @@ def meteor_from_sums(counts: FloatArray, parameters: Parameters) -> FloatArray:
         (...), each 0 to 1.
     """
     delta = parameters.delta
-    matched = counts[..., 4:-3].reshape(*counts.shape[:-1], _KINDS, 2, 2)  # kind, content or function, hypothesis or reference
+    matched = counts[..., 4:-3].reshape(
+        *counts.shape[:-1], _KINDS, 2, 2
+    )  # kind, content or function, hypothesis or reference
     weights = np.array(parameters.weights)
     shares = []
     for side in range(2):
@@ -176,7 +179,7 @@ class Meteor:
             first.append(len(rows))
         counts = np.array(rows, dtype=np.float64).reshape(-1, STATISTICS)
         scores = MeteorStatistics(counts, self.task).per_caption()
-        return counts[[low + int(scores[low:high].argmax()) for low, high in zip(first, first[1:], strict=False)]]
+        return counts[[low + int(scores[low:high].argmax()) for low, high in pairwise(first)]]
 
     def _word(self, word: str) -> Word:
         known = self._words.get(word)

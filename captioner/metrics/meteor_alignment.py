@@ -21,7 +21,7 @@ _COVERED, _CHUNK = 1 << 62, 1 << 40
 
 
 class Word(NamedTuple):
-    """What is to be known of a word, whichever sentence it stands in."""
+    """A word, whichever sentence it stands in."""
 
     key: int  # equal words have equal ones
     stem: int  # the key of its stem
@@ -75,7 +75,7 @@ class Hypothesis(Sentence):
 def candidates(
     hypothesis: Hypothesis, reference: Sentence, paraphrases: Callable[[int], dict[int, int]]
 ) -> list[list[Match]]:
-    """What could match, by the first word in the reference; exact matches first, then stems, synonyms, paraphrases.
+    """All possible matches, by the first word in the reference; exact ones first, then stems, synonyms, paraphrases.
 
     Args:
         hypothesis: the caption to score.
@@ -121,8 +121,8 @@ def _occurrences(phrases: dict[int, int], sentence: Sentence) -> Sequence[Span]:
 
 _Chosen = tuple[Match, "_Chosen"] | None
 # A choice of candidates for the words of the reference up to some word: its rank; a bit for each word of the hypothesis
-# that is matched; where in the hypothesis the last match ends, -1 if the next word is no neighbour of it; the first word
-# of the reference behind the last match; the matches, last first. A plain tuple for speed.
+# that is matched; where in the hypothesis the last match ends, -1 if the next word is no neighbour of it; the first
+# word of the reference behind the last match; the matches, last first. A plain tuple for speed.
 _Path = tuple[int, int, int, int, _Chosen]
 _rank = itemgetter(0)
 
@@ -130,16 +130,19 @@ _rank = itemgetter(0)
 def align(found: Sequence[Sequence[Match]], words: int) -> list[Match]:
     """Chooses matches as `meteor-1.5.jar` does.
 
-    Its habits that differ from the paper, or that the paper does not tell:
-    a candidate that overlaps no other is always taken; what a match covers is half its words if it is not exact,
-    rounded down in each sentence, so that a single such word counts nothing and is taken only where it does not add a
-    chunk; the distance of a candidate is counted against the choices that follow it at the same word (further
-    candidates, and none at all), not against itself; a chunk is counted when it ends, that of the last word after the
-    last 40 paths were chosen; of equals the earlier stays ahead.
+    The jar has habits that the paper does not tell, and all of them can change a score:
+
+    - a candidate that overlaps no other is always taken;
+    - a match that is not exact covers half its words, rounded down in each sentence: a single such word counts
+      nothing and is taken only where it adds no chunk;
+    - the distance of a candidate is added to the paths that leave this candidate out (the next candidates of the same
+      word, and the path without any), not to the path that takes it;
+    - a chunk is counted when it ends, the last one after the last 40 paths were chosen;
+    - sorting is stable: of two equal paths the one that was first stays first.
 
     Args:
-        found: what `candidates` returned.
-        words: in the hypothesis.
+        found: the possible matches, as `candidates` returns them.
+        words: words in the hypothesis.
 
     Returns:
         The matches, in the order of the reference.

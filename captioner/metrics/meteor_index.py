@@ -1,6 +1,6 @@
-"""What METEOR 1.5 knows of English: stems aside, the synonyms, base forms, function words and paraphrases of its jar.
+"""The data of METEOR 1.5 for English: synonyms, base forms, function words and paraphrases.
 
-The data are read from the installed `pycocoevalcap` (extra `[meteor]`), whose jar and paraphrase table they lie in, and
+They are read from the installed `pycocoevalcap` (extra `[meteor]`), in whose jar and paraphrase table they lie, and
 are kept as a compact index of about 60 MB in the user's cache, because the table takes many seconds to read. The index
 is named after the checksums of both files, is written under another name first and then renamed, and is made anew if
 it cannot be read: a process that is killed, or two that make it at once, leave nothing wrong behind.
@@ -45,12 +45,13 @@ _PARTS = {
     "function": "function/english.words",
     "prefixes": "nonbreaking/english.prefixes",
 }
-# Endings and what the base form has in their place: the rules of WordNet's morphy for nouns, verbs and adjectives.
-_ENDINGS = (
-    *(("s", ""), ("ses", "s"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"), ("men", "man"), ("ies", "y")),
-    *(("es", "e"), ("es", ""), ("ed", "e"), ("ed", ""), ("ing", "e"), ("ing", "")),
-    *(("er", ""), ("est", ""), ("er", "e"), ("est", "e")),
-)
+# Endings and their replacement in the base form: the rules of WordNet's morphy for nouns, verbs and adjectives.
+_ENDINGS = [
+    rule.split(":")
+    for rule in (
+        "s: ses:s xes:x zes:z ches:ch shes:sh men:man ies:y es:e es: ed:e ed: ing:e ing: er: est: er:e est:e".split()
+    )
+]
 
 
 def _hash(word: bytes) -> int:
@@ -173,7 +174,7 @@ def load(progress: Callable[[int, int], None] | None = None) -> Index:
         progress: called with the bytes of the table read so far and in all, while the index is made.
 
     Raises:
-        ValueError: `pycocoevalcap` is not installed, a file of it is missing or damaged, or the cache cannot be written.
+        ValueError: `pycocoevalcap` is not installed, a file of it is missing or damaged, or the cache is not writable.
     """
     jar, table = _files()
     sums = repr((_jar_sums(jar), _table_sum(table)))
@@ -196,7 +197,8 @@ def _files() -> tuple[Path, Path]:
     spec = importlib.util.find_spec("pycocoevalcap")
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(
-            "meteor needs the data of pycocoevalcap, which is not installed; install them: pip install 'captioner[meteor]'"
+            "meteor needs the data of pycocoevalcap, which is not installed; install it: "
+            "pip install 'captioner[meteor]'"
         )
     folder = Path(next(iter(spec.submodule_search_locations))) / "meteor"
     for file in (folder / _JAR, folder / _TABLE):
@@ -240,7 +242,9 @@ def _table_sum(table: Path) -> tuple[int, bytes]:
         raise _damaged(table, f"cannot be read ({error})") from None
 
 
-def _build(texts: dict[str, str], table: Path, progress: Callable[[int, int], None]) -> dict[str, npt.NDArray[np.generic]]:
+def _build(
+    texts: dict[str, str], table: Path, progress: Callable[[int, int], None]
+) -> dict[str, npt.NDArray[np.generic]]:
     """The arrays of an index."""
     arrays: dict[str, npt.NDArray[np.generic]] = {
         name: np.frombuffer(texts[name].encode(), np.uint8) for name in ("prefixes", "function")

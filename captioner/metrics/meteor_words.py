@@ -1,9 +1,9 @@
 """The words that METEOR 1.5 compares: a caption normalised as `meteor-1.5.jar -l en -norm` does it.
 
-The rules follow the tokeniser of Moses (Koehn et al., ACL 2007) with four of METEOR's own: typographic quotes and dashes
-become plain ones, a dash between two words parts them, acronyms lose their dots (`U.S.` is `us`), and punctuation stays.
-They were found by asking the jar about every character of the Basic Multilingual Plane in many places, and then about
-altered captions until no difference was left; see docs/metrics.md.
+The rules follow the tokeniser of Moses (Koehn et al., ACL 2007) with four of METEOR's own: typographic quotes and
+dashes become plain ones, a dash between two words parts them, acronyms lose their dots (`U.S.` is `us`), and
+punctuation stays. They were found by asking the jar about every character of the Basic Multilingual Plane in many
+places, and then about altered captions until no difference was left; see docs/metrics.md.
 """
 
 from __future__ import annotations
