@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import numpy as np
@@ -193,8 +194,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "captioner"
 
 
+def _package() -> ModuleSpec | None:
+    return importlib.util.find_spec("pycocoevalcap")
+
+
 def _files() -> tuple[Path, Path]:
-    spec = importlib.util.find_spec("pycocoevalcap")
+    spec = _package()
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(
             "meteor needs the data of pycocoevalcap, which is not installed; install it: "
