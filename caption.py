@@ -1,8 +1,8 @@
-"""Caption photos: `python caption.py PHOTO ... --model DIR`."""
+"""Caption photos: `python caption.py PHOTO ...`."""
 
 import sys
 
-from captioner.cli import caption
+from captioner.cli import run
 
 if __name__ == "__main__":
-    sys.exit(caption())
+    sys.exit(run("caption", prog="caption.py"))

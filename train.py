@@ -2,7 +2,7 @@
 
 import sys
 
-from captioner.cli import train
+from captioner.cli import run
 
 if __name__ == "__main__":
-    sys.exit(train())
+    sys.exit(run("train", prog="train.py"))

@@ -1,6 +1,6 @@
 """The model in the box: milliseconds for one photo on one core, and photos a second of many on all of them.
 
-    python -m benchmarks.pretrained [--photos DIR] [--count 1000] [--rounds 3]
+    python -m benchmarks.pretrained [--photos DIR] [--count 1000] [--rounds 5] [--before CHECKOUT]
 
 Photos are 224 x 224 JPEGs: those of a folder, or parts of the sample photos of scikit-image and scikit-learn. All
 systems take turns within a round; medians over rounds are printed, and one JSON object at the end.
@@ -9,20 +9,17 @@ systems take turns within a round; medians over rounds are printed, and one JSON
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import random
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
+import numpy as np
 from PIL import Image
 
+from benchmarks.common import Before, ratio, report, seconds, take_turns
 from captioner import Captioner, caption_photos, images
 
 _SAMPLES = {
@@ -59,65 +56,62 @@ def photos(folder: Path, sources: list[Path], count: int) -> list[Path]:
     return paths
 
 
-def seconds(call: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
-
-
-@torch.inference_mode()
-def cnn_alone(captioner: Captioner, pixels: torch.Tensor) -> None:
-    """What the CNN needs for photos that are decoded already: nothing can be faster than that."""
-    for batch in pixels.split(64):
-        captioner.features(batch)
-
-
 def main() -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, help="folder of 224 x 224 JPEGs")
     parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--before", type=Path, help="a checkout of the commit b0db82f, to measure too")
     arguments = parser.parse_args()
-    began = time.perf_counter()
     captioner = Captioner.from_pretrained()
-    loading = time.perf_counter() - began
-    cores = torch.get_num_threads()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         if arguments.photos:
-            paths = images.find([arguments.photos])[: arguments.count]
+            for number, path in enumerate(images.find([arguments.photos])[: arguments.count]):
+                (folder / f"{number}.jpg").symlink_to(path.resolve())
+            paths = images.find([folder])
         else:
-            paths = photos(Path(folder), samples(), arguments.count)
+            paths = photos(folder, samples(), arguments.count)
         few = paths[:50]
-        pixels = torch.stack([images.load(path, captioner.encoder.config.image_size) for path in paths])
-        for path in few[:3]:
-            captioner.caption(path)
-        found: dict[str, list[float]] = {"one_photo_one_core_ms": [], "bulk": [], "one_at_a_time": [], "cnn_alone": []}
-        for number in range(arguments.rounds):
-            torch.set_num_threads(1)
-            single = [seconds(lambda path=path: captioner.caption(path)) for path in few]
-            found["one_photo_one_core_ms"].append(1000 * statistics.median(single))
-            torch.set_num_threads(cores)
-            found["bulk"].append(len(paths) / seconds(lambda: list(caption_photos(captioner, paths))))
-            found["one_at_a_time"].append(len(few) / seconds(lambda: [captioner.caption(path) for path in few]))
-            found["cnn_alone"].append(len(paths) / seconds(lambda: cnn_alone(captioner, pixels)))
-            print(f"round {number + 1}: " + ", ".join(f"{name} {values[-1]:.1f}" for name, values in found.items()))
-    medians = {name: round(statistics.median(values), 1) for name, values in found.items()}
-    print(f"{medians['one_photo_one_core_ms']:8.1f} ms         one photo on one core, after loading ({loading:.1f} s)")
-    for name in ("bulk", "one_at_a_time", "cnn_alone"):
-        print(f"{medians[name]:8.1f} photos/s   {name.replace('_', ' ')}")
-    result = {
-        "what": f"photos a second, {_SIZE} x {_SIZE} JPEG, beam {captioner.options.beam_size}, model in the box",
-        "ours": {name: medians[name] for name in ("bulk", "one_photo_one_core_ms")},
-        "peer": {"one_at_a_time": medians["one_at_a_time"]},
-        "ceiling": {"cnn_alone": medians["cnn_alone"]},
-        "ratios": {
-            "to_one_at_a_time": round(medians["bulk"] / medians["one_at_a_time"], 2),
-            "of_cnn_alone": round(medians["bulk"] / medians["cnn_alone"], 2),
-        },
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {cores} threads",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-    }
-    print(json.dumps(result))
+        pixels = np.stack([images.load(path, captioner.image_size) for path in paths])
+
+        def single() -> float:
+            """Milliseconds on one core: the engine has one thread, and so has this program meanwhile."""
+            cores = os.sched_getaffinity(0)
+            os.sched_setaffinity(0, {min(cores)})
+            try:
+                return 1000 * statistics.median(seconds(lambda path=path: captioner.caption(path)) for path in few)
+            finally:
+                os.sched_setaffinity(0, cores)
+
+        systems = {
+            "one_photo_one_core_ms": single,
+            "bulk": lambda: len(paths) / seconds(lambda: list(caption_photos(captioner, paths))),
+            "decoding_alone_one_core": lambda: (
+                len(few) / seconds(lambda: [images.load(path, captioner.image_size) for path in few])
+            ),
+            "cnn_alone_one_core": lambda: 200 / seconds(lambda: captioner.features(pixels[:200])),
+        }
+        before = Before(arguments.before, "bulk", str(folder)) if arguments.before else None
+        if before is not None:
+            systems["before"] = lambda: len(paths) / before()
+        systems["bulk"]()
+        found = take_turns(systems, arguments.rounds)
+        if before is not None:
+            before.close()
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    print(f"{medians['one_photo_one_core_ms']:8.1f} ms         one photo on one core, after loading")
+    for system in ("bulk", "before", "decoding_alone_one_core", "cnn_alone_one_core"):
+        if system in medians:
+            print(f"{medians[system]:8.1f} photos/s   {system.replace('_', ' ')}")
+    report(
+        f"photos a second, {_SIZE} x {_SIZE} JPEG, beam {captioner.options.beam_size}, model in the box",
+        ours={name: medians[name] for name in ("bulk", "one_photo_one_core_ms")},
+        peer={"before": medians["before"]} if "before" in medians else {},
+        ceiling={name: medians[name] for name in ("decoding_alone_one_core", "cnn_alone_one_core")},
+        ratios={"to_before": ratio(found["bulk"], found["before"])} if "before" in found else {},
+    )
 
 
 if __name__ == "__main__":

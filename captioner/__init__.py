@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from captioner.bulk.pipeline import caption_photos
     from captioner.config import (
-        PRESETS,
         DataConfig,
         DecoderConfig,
         DecodingOptions,
@@ -25,16 +24,18 @@ if TYPE_CHECKING:
     from captioner.datasets.features import FeatureStore
     from captioner.decoding.search import decode
     from captioner.errors import CaptionerError
+    from captioner.evaluation import evaluate_model, evaluate_results
     from captioner.model import Caption, Captioner
     from captioner.networks.decoder import Decoder
     from captioner.networks.encoder import Encoder
+    from captioner.training.presets import PRESETS
     from captioner.training.trainer import train
     from captioner.vocabulary import Vocabulary
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "PRESETS": "config",
+    "PRESETS": "training.presets",
     "Annotations": "datasets.annotations",
     "Caption": "model",
     "Captioner": "model",
@@ -52,6 +53,8 @@ _HOME = {
     "Vocabulary": "vocabulary",
     "caption_photos": "bulk.pipeline",
     "decode": "decoding.search",
+    "evaluate_model": "evaluation",
+    "evaluate_results": "evaluation",
     "train": "training.trainer",
 }
 
@@ -74,6 +77,8 @@ __all__ = [
     "Vocabulary",
     "caption_photos",
     "decode",
+    "evaluate_model",
+    "evaluate_results",
     "train",
 ]
 

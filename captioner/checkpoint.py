@@ -2,8 +2,12 @@
 
 `model.safetensors` (the decoder, and the encoder where no one else has its weights), `config.json` (how to build them,
 which encoder weights belong to them, and the SHA-256 of the other files), `tokenizer.json` and `README.md` (the model
-card). Nothing is pickled. A folder appears whole or not at all: the one that was there before is replaced only when
-every byte of the new one is on the disk.
+card). A model that was exported has `onnx/` as well: graphs, and the weights that they use. Nothing is pickled. A
+folder appears whole or not at all: the one that was there before is replaced only when every byte of the new one is on
+the disk.
+
+A folder may come from a stranger: the sizes that its config.json states are compared with the shapes in its files
+before a tensor is read.
 """
 
 from __future__ import annotations
@@ -14,58 +18,111 @@ import errno
 import json
 import os
 import shutil
+import types
+import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
-from filelock import FileLock
 from safetensors import SafetensorError
-from safetensors.torch import save
-from torch import Tensor, nn
 
-from captioner import __version__, files
-from captioner.config import DecoderConfig, DecodingOptions, EncoderConfig
-from captioner.errors import CaptionerError, CheckpointError
-from captioner.networks import weights
+from captioner import __version__, files, graphs, tensors
+from captioner.config import FEATURE_SIZE, DecoderConfig, DecodingOptions, EncoderConfig
+from captioner.errors import CaptionerError, CheckpointError, WeightsError
+from captioner.tensors import Array, Entry
 from captioner.vocabulary import Vocabulary
 
+if TYPE_CHECKING:
+    from filelock import FileLock
+
 WEIGHTS, CONFIG, TOKENIZER, CARD = "model.safetensors", "config.json", "tokenizer.json", "README.md"
+#: The files of an exported model: the weights, and the graphs that use them.
+EXPORTED = "onnx"
+ENCODER_GRAPH, START_GRAPH, STEP_GRAPH = "encoder_model.onnx", "decoder_start_model.onnx", "decoder_model.onnx"
+EXPORTED_FILES = tuple(f"{EXPORTED}/{name}" for name in (ENCODER_GRAPH, START_GRAPH, STEP_GRAPH, WEIGHTS))
+
 _FORMAT = 1
-_ENCODER, _DECODER = "encoder.", "decoder."  # what the names of tensors begin with
+_ENCODER, _DECODER = "encoder.", "decoder."  # the beginnings of the names of tensors
 _FULL = (errno.ENOSPC, errno.EDQUOT)  # no space on the disk, or none left to this user
-_TYPES = {str: "a text", bool: "true or false", int: "a whole number", float: "a number", tuple: "a list of texts"}
+_LARGEST_CONFIG = 16 << 20  # bytes
+_LARGEST_FILE = 2 << 30
+#: The largest sizes of a model that is not taken for a mistake or an attack.
+_LARGEST = {
+    "encoder.image_size": 4096,
+    "decoder.hidden_size": 1 << 16,
+    "decoder.embedding_size": 1 << 16,
+    "decoder.layers": 64,
+}
+_LARGEST_NUMBER = 10**30  # beyond it, a number is a mistake, and too long to be shown
+#: Settings of earlier versions that mean nothing now.
+_RETIRED = {"decoding": ("precision", "typical_p")}
+_TYPES = {str: "a text", bool: "true or false", int: "a whole number", float: "a number", type(None): "null"}
+_MISSING = (
+    "{path}: missing; a saved model consists of model.safetensors, config.json and tokenizer.json: fetch it again"
+)
 _Settings = TypeVar("_Settings", EncoderConfig, DecoderConfig, DecodingOptions)
+
+#: The types of what is told about a training, where it is told; other entries are kept as they are.
+_TRAINING: Mapping[str, Any] = {
+    "data": str,
+    "train_photos": int,
+    "val_photos": int,
+    "captions_sha256": str,
+    "train_sha256": str,
+    "val_share": float,
+    "restval": str,
+    "start": str | None,
+    "objective": str,
+    "epoch": int,
+    "seed": int,
+    "seconds": float,
+    "scores": dict[str, float],
+}
+#: The same of an export.
+_EXPORT: Mapping[str, Any] = {
+    "precision": Literal["int8", "fp32"],
+    "scores_before": dict[str, float],
+    "scores_after": dict[str, float],
+    "sha256": dict[str, str],
+}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a saved model consists of."""
+    """The contents of a saved model."""
 
     encoder: EncoderConfig
     encoder_sha256: str  # of the encoder's weights, see `weights.fingerprint`
     decoder: DecoderConfig
-    decoding: DecodingOptions  # what captions are searched with, where nothing else is said
+    decoding: DecodingOptions  # how captions are searched for, where nothing else is said
     vocabulary: Vocabulary
-    decoder_state: Mapping[str, Tensor]
-    encoder_state: Mapping[str, Tensor] | None  # None: the weights are found where `encoder.weights` says
-    training: Mapping[str, Any]  # what made it: data, options, seed, scores
+    decoder_state: Mapping[str, Array]  # empty where it was not asked for, see `read`
+    encoder_state: Mapping[str, Array] | None  # None: the weights are found where `encoder.weights` says
+    training: Mapping[str, Any] = field(default_factory=dict)  # how it was made: data, options, seed, scores
+    export: Mapping[str, Any] | None = None  # how `onnx/` was made, and its hashes; None: there is no such folder
 
 
-def write(folder: Path, checkpoint: Checkpoint, card: str, *, packed: bool = False) -> None:
+def write(folder: Path, checkpoint: Checkpoint, card: str) -> None:
     """Write the files of a model into a folder.
 
     Args:
-        folder: exists; best the one that `replacing` yields.
-        checkpoint: what to save.
+        folder: exists; best the one that `replacing` yields. Of an exported model, it has the files of `onnx/` already.
+        checkpoint: the model. Without a `decoder_state`, its weights are those of `onnx/` alone.
         card: the text of README.md.
-        packed: write the weights in 8 bits, see `weights.pack`.
+
+    Raises:
+        CheckpointError: an entry of `training` or `export` has the wrong type: the model could not be read again.
     """
-    state = {_DECODER + name: tensor for name, tensor in checkpoint.decoder_state.items()}
-    state |= {_ENCODER + name: tensor for name, tensor in (checkpoint.encoder_state or {}).items()}
-    state = weights.pack(state) if packed else state
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    (folder / WEIGHTS).write_bytes(save(tensors))  # `save_file` would keep the file from everyone else
+    from safetensors.numpy import save
+
+    hashed = [TOKENIZER]
+    if checkpoint.decoder_state:
+        state = {_DECODER + name: array for name, array in checkpoint.decoder_state.items()}
+        state |= {_ENCODER + name: array for name, array in (checkpoint.encoder_state or {}).items()}
+        # The library reads memory as it lies. `save_file` would keep the file from everyone else.
+        (folder / WEIGHTS).write_bytes(save({name: _in_order(array) for name, array in state.items()}))
+        hashed.insert(0, WEIGHTS)
     checkpoint.vocabulary.save(folder / TOKENIZER)
     (folder / CARD).write_text(card, encoding="utf-8")
     config = {
@@ -78,94 +135,308 @@ def write(folder: Path, checkpoint: Checkpoint, card: str, *, packed: bool = Fal
             "stored": checkpoint.encoder_state is not None,
         },
         "decoder": dataclasses.asdict(checkpoint.decoder),
-        "decoding": dataclasses.asdict(checkpoint.decoding),
+        "decoding": _without_retired("decoding", dataclasses.asdict(checkpoint.decoding)),
         "vocabulary_size": len(checkpoint.vocabulary),
-        "sha256": {name: files.sha256(folder / name) for name in (WEIGHTS, TOKENIZER)},
-        "training": dict(checkpoint.training),
+        "sha256": {name: files.sha256(folder / name) for name in hashed},
+        "training": _entries("training", checkpoint.training, _TRAINING),
     }
+    if checkpoint.export is not None:
+        config["export"] = {
+            **_entries("export", checkpoint.export, _EXPORT),
+            "sha256": {name: files.sha256(folder / name) for name in EXPORTED_FILES},
+        }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def read(folder: Path) -> Checkpoint:
+def _in_order(array: Array) -> Array:
+    """The same numbers, little-endian and row by row in memory."""
+    return array.astype(array.dtype.newbyteorder("<"), order="C", copy=False)
+
+
+def read(folder: Path, *, weights: bool = True) -> Checkpoint:
     """Read a model, and check that its files are the ones that were saved together.
 
+    Args:
+        folder: of the model.
+        weights: whether the tensors are wanted, as a network of torch needs them. Otherwise they are neither read nor
+            hashed, and `decoder_state` is empty (`encoder_state` is too, unless it is None); see `check_graphs`.
+
     Raises:
-        CheckpointError: a file is missing, altered or of another version; the message says which and how.
+        CheckpointError: a file is missing, altered or of another version, or two contradict each other; the message
+            says which and how.
     """
     while True:
         recover(folder)
         before = _identity(folder)
         try:
-            return _read(folder)
+            return _read(folder, weights)
         except CheckpointError:
             if _identity(folder) == before:
                 raise  # and not because the model was replaced while it was read
 
 
-def _read(folder: Path) -> Checkpoint:
-    config = _read_config(folder)
+def check_graphs(folder: Path, saved: Checkpoint) -> None:
+    """Check the files of `onnx/` before they are run: whole, of this model, and harmless (see `graphs.check`).
+
+    Raises:
+        CheckpointError: the model has no graphs, or a file of them is missing, altered, or does what none of ours does.
+    """
+    if saved.export is None:
+        raise CheckpointError(f"{folder}: was not exported for onnxruntime; run `captioner export {folder}`")
+    for name in EXPORTED_FILES:
+        _check_file(folder / name, saved.export["sha256"].get(name))
+    path = folder / EXPORTED / WEIGHTS
+    header = _header(path)
+    for name in (ENCODER_GRAPH, START_GRAPH, STEP_GRAPH):
+        graphs.check(folder / EXPORTED / name, header)
+    try:
+        for name, entry in header.items():
+            if entry.dtype.startswith("float"):
+                tensors.read(path, [name])  # which refuses numbers that are not finite
+    except WeightsError as error:
+        raise CheckpointError(str(error)) from None
+
+
+class _Config(NamedTuple):
+    """config.json, checked by itself."""
+
+    encoder: EncoderConfig
+    encoder_sha256: str
+    stored: bool
+    decoder: DecoderConfig
+    decoding: DecodingOptions
+    vocabulary_size: int
+    sha256: Mapping[str, str]
+    training: Mapping[str, Any]
+    export: Mapping[str, Any] | None
+
+
+def _read(folder: Path, weights: bool) -> Checkpoint:
+    config = _parse(folder, _read_config(folder))
+    inside = WEIGHTS in config.sha256 or config.export is None  # else onnx/ has the weights in 8 bits, and alone
+    place = WEIGHTS if inside and (weights or config.export is None) else f"{EXPORTED}/{WEIGHTS}"
+    hashes = config.sha256 if place == WEIGHTS else (config.export or {})["sha256"]
+    if weights or config.export is None:
+        _check_file(folder / place, hashes.get(place))
+    header = _header(folder / place)
+    if different := _unexpected(config, header, place):
+        raise CheckpointError(f"{folder / place}: does not fit its {CONFIG}: {different}; fetch the model again")
+    _check_file(folder / TOKENIZER, config.sha256.get(TOKENIZER))
+    vocabulary = Vocabulary.load(folder / TOKENIZER)
+    if len(vocabulary) != config.vocabulary_size:
+        raise CheckpointError(
+            f"{folder / TOKENIZER}: has {len(vocabulary)} words, the model was trained with {config.vocabulary_size}; "
+            "fetch it again"
+        )
+    decoder: dict[str, Array] = {}
+    encoder: dict[str, Array] = {}
+    if weights:
+        try:
+            state = tensors.read(folder / place, [name for name in header if name.startswith((_DECODER, _ENCODER))])
+        except WeightsError as error:
+            raise CheckpointError(str(error)) from None
+        state = tensors.unpack(state)
+        decoder, encoder = tensors.below(_DECODER, state), tensors.below(_ENCODER, state)
+    return Checkpoint(
+        encoder=config.encoder,
+        encoder_sha256=config.encoder_sha256,
+        decoder=config.decoder,
+        decoding=config.decoding,
+        vocabulary=vocabulary,
+        decoder_state=decoder,
+        encoder_state=encoder if config.stored else None,
+        training=config.training,
+        export=config.export,
+    )
+
+
+def _header(path: Path) -> dict[str, Entry]:
+    """Describe the tensors of a file of weights."""
+    if not path.is_file():
+        raise CheckpointError(_MISSING.format(path=path))
+    try:
+        return tensors.header(path)
+    except WeightsError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def _unexpected(config: _Config, header: Mapping[str, Entry], place: str) -> str:
+    """Say how the tensors of a file differ from those that config.json describes; empty if they do not."""
+    state: dict[str, Entry] = {}
+    for name, entry in header.items():
+        mine = name.startswith((_DECODER, _ENCODER))
+        base = name.removesuffix(tensors.STEP)
+        if not mine:  # the graphs have numbers of their own
+            if place == WEIGHTS:
+                return f"{name[:60]} is unknown"
+            continue
+        needed = "int64" if name.endswith("num_batches_tracked") else "float32"
+        if base != name and base in header:
+            rows = header[base].shape[:1]
+            if len(header[base].shape) < 2 or entry.shape != rows or entry.dtype != "float32":
+                return f"{name[:60]} is {entry.shape} of {entry.dtype} instead of {rows} of float32"
+            continue
+        if name + tensors.STEP in header:
+            needed = "int8"
+        if entry.dtype != needed:
+            return f"{name[:60]} is {entry.dtype} instead of {needed}"
+        state[name] = entry._replace(dtype="float32") if needed == "int8" else entry
+    if config.decoder.layers > len(header):
+        return f"it has {len(header)} tensors, too few for {config.decoder.layers} layers"
+    given = tensors.below(_DECODER, state)
+    shapes = decoder_shapes(config.decoder, config.vocabulary_size)
+    return tensors.differences({name: _Shape(shape) for name, shape in shapes.items()}, given)
+
+
+class _Shape(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+
+def decoder_shapes(config: DecoderConfig, words: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of a decoder; those of `networks.decoder.Decoder`, which are not built to know them.
+
+    Args:
+        config: of the decoder.
+        words: of its vocabulary.
+    """
+    E, H, L = config.embedding_size, config.hidden_size, config.layers
+    gates = {"lstm": 4, "gru": 3}.get(config.cell, 1)
+    states = 2 if config.cell == "lstm" else 1
+    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (words, E)}
+    for layer in range(L):
+        shapes |= {
+            f"rnn.weight_ih_l{layer}": (gates * H, E if layer == 0 else H),
+            f"rnn.weight_hh_l{layer}": (gates * H, H),
+            f"rnn.bias_ih_l{layer}": (gates * H,),
+            f"rnn.bias_hh_l{layer}": (gates * H,),
+        }
+    if config.feature_norm == "standard":
+        shapes |= {"standard.mean": (FEATURE_SIZE,), "standard.variance": (FEATURE_SIZE,), "standard.batches": ()}
+    return shapes | {
+        "initial.weight": (states * L * H, FEATURE_SIZE),
+        "initial.bias": (states * L * H,),
+        "output.weight": (words, H),
+        "output.bias": (words,),
+    }
+
+
+def _parse(folder: Path, config: dict[str, Any]) -> _Config:
+    """Check the types and ranges of config.json."""
     try:
         for key in ("encoder", "decoder", "decoding", "sha256", "training"):
             if not isinstance(config[key], dict):
                 raise CheckpointError(f"{key} is {config[key]!r:.60}; expected an object")
         encoder = dict(config["encoder"])
-        encoder_sha256 = _value("encoder.weights_sha256", encoder.pop("weights_sha256"), str)
+        sha256 = _value("encoder.weights_sha256", encoder.pop("weights_sha256"), str)
         stored = _value("encoder.stored", encoder.pop("stored"), bool)
-        encoder_config = _settings(EncoderConfig, "encoder", encoder)
-        decoder_config = _settings(DecoderConfig, "decoder", config["decoder"])
-        decoding = _settings(DecodingOptions, "decoding", config["decoding"])
-        hashes = config["sha256"]
         size = _value("vocabulary_size", config["vocabulary_size"], int)
-        training = config["training"]
-    except (KeyError, TypeError, RecursionError, CaptionerError) as error:
-        what = f"has no {error}" if isinstance(error, KeyError) else str(error)
-        raise CheckpointError(
-            f"{folder / CONFIG}: not what captioner {__version__} writes ({what}); correct it, or fetch the model again"
-        ) from None
-    for name in (WEIGHTS, TOKENIZER):
-        _check_file(folder / name, hashes.get(name))
-    vocabulary = Vocabulary.load(folder / TOKENIZER)
-    if len(vocabulary) != size:
-        raise CheckpointError(
-            f"{folder / TOKENIZER}: has {len(vocabulary)} words, the model was trained with {size}; fetch it again"
+        export = config.get("export")
+        if export is not None:
+            if not isinstance(export, dict):
+                raise CheckpointError(f"export is {export!r:.60}; expected an object")
+            export = _entries("export", {"sha256": {}, **export}, _EXPORT)
+        for group, settings in (("encoder", encoder), ("decoder", config["decoder"]), ("decoding", config["decoding"])):
+            _refuse_unknown(group, settings, config.get("captioner_version"))
+        return _Config(
+            _settings(EncoderConfig, "encoder", encoder),
+            sha256,
+            stored,
+            _settings(DecoderConfig, "decoder", config["decoder"]),
+            _settings(DecodingOptions, "decoding", config["decoding"]),
+            size,
+            _value("sha256", config["sha256"], dict[str, str]),
+            _entries("training", config["training"], _TRAINING),
+            export,
         )
-    state = weights.unpack(weights.read(folder / WEIGHTS))
-    return Checkpoint(
-        encoder=encoder_config,
-        encoder_sha256=encoder_sha256,
-        decoder=decoder_config,
-        decoding=decoding,
-        vocabulary=vocabulary,
-        decoder_state=weights.below(_DECODER, state),
-        encoder_state=weights.below(_ENCODER, state) if stored else None,
-        training=training,
-    )
+    except (KeyError, RecursionError, CaptionerError) as error:
+        reason = f"has no {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(
+            f"{folder / CONFIG}: not what captioner {__version__} writes ({reason}); "
+            "correct it, or fetch the model again"
+        ) from None
 
 
-def _settings(kind: type[_Settings], where: str, given: dict[str, Any]) -> _Settings:
-    """Build a configuration from JSON, whose values are of the types of the defaults."""
-    types = {field.name: type(field.default) for field in dataclasses.fields(kind)}
-    return kind(**{name: _value(f"{where}.{name}", v, types.get(name)) for name, v in given.items()})
+_KINDS = {"encoder": EncoderConfig, "decoder": DecoderConfig, "decoding": DecodingOptions}
 
 
-def _value(name: str, value: Any, kind: type | None) -> Any:
-    """Return a value of JSON, which must be of a type of Python (None: of any)."""
-    if kind is tuple and isinstance(value, list) and all(isinstance(each, str) for each in value):
-        return tuple(value)  # JSON has lists where the options have tuples
-    if kind is None or type(value) is kind or (kind is float and type(value) is int):
-        return value
-    raise CheckpointError(f"{name} is {value!r:.60}; expected {_TYPES[kind]}")
+def _refuse_unknown(group: str, given: Mapping[str, Any], version: Any) -> None:
+    """Refuse settings that this version does not know, and say which version does."""
+    known = {each.name for each in dataclasses.fields(_KINDS[group])} | {*_RETIRED.get(group, ())}
+    for name in given:
+        if name not in known:
+            newer = isinstance(version, str) and _release(version) > _release(__version__)
+            remedy = f", install captioner {version:.40}, which wrote it" if newer else ""
+            raise CheckpointError(f"{group}.{name:.60} is unknown{remedy}")
 
 
-def fill(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Load tensors into a module after comparing names and shapes.
+def _release(version: str) -> tuple[int, ...]:
+    """The numbers of a version, to compare; of one that has others than numbers, the first of them."""
+    parts = version[:40].split(".")
+    numbers = [int(part) if part.isascii() and part.isdigit() else -1 for part in parts]
+    return tuple(numbers[: numbers.index(-1)] if -1 in numbers else numbers)
+
+
+def _without_retired(group: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if name not in _RETIRED.get(group, ())}
+
+
+def _settings(kind: type[_Settings], group: str, given: Mapping[str, Any]) -> _Settings:
+    """Build a configuration from JSON; settings that are lacking take their defaults."""
+    hints = typing.get_type_hints(kind)
+    values = {
+        name: _value(f"{group}.{name}", each, hints[name]) for name, each in _without_retired(group, given).items()
+    }
+    for name, value in values.items():
+        largest = _LARGEST.get(f"{group}.{name}")
+        if largest is not None and value > largest:
+            raise CheckpointError(f"{group}.{name} is {value!r:.40}; expected {largest:,} at most")
+    return kind(**values)
+
+
+def _entries(group: str, given: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
+    """A group of entries of which some are known: these are of their types, the others are kept."""
+    return {
+        name: _value(f"{group}.{name}", each, hints[name]) if name in hints else each for name, each in given.items()
+    }
+
+
+def _value(name: str, value: Any, hint: Any) -> Any:
+    """Return a value of JSON as the type that a hint names.
 
     Raises:
-        CheckpointError: something differs; the message says what.
+        CheckpointError: it is of another.
     """
-    if different := weights.differences(module.state_dict(), state):
-        raise CheckpointError(f"{what}: does not fit its config.json: {different}; fetch the model again")
-    module.load_state_dict(dict(state))
+    if _fits(value, hint):
+        return tuple(value) if get_origin(hint) is tuple else value  # JSON has lists where the options have tuples
+    raise CheckpointError(f"{name} is {value!r:.60}; expected {_called(hint)}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, each) for each in arguments)
+    if origin is Literal:
+        return isinstance(value, str)  # the configuration says which texts there are
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(_fits(each, arguments[0]) for each in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(each, arguments[1]) for each in value.values())
+    if type(value) is int:
+        return hint in (int, float) and abs(value) < _LARGEST_NUMBER
+    return type(value) is hint
+
+
+def _called(hint: Any) -> str:
+    """A type in words."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_called(each) for each in arguments)
+    if origin is tuple:
+        return "a list of texts"
+    if origin is dict:
+        return f"an object, each value {_called(arguments[1])}"
+    return _TYPES.get(hint, "a text")
 
 
 @contextlib.contextmanager
@@ -187,7 +458,7 @@ def replacing(folder: Path) -> Iterator[Path]:
             try:
                 new.mkdir()
                 yield new
-                for path in new.iterdir():
+                for path in new.rglob("*"):
                     _sync(path)
                 _sync(new)
                 if folder.exists():
@@ -209,10 +480,13 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 def foreign(folder: Path) -> str | None:
     """Name something in a place that no saved model has there, and that must not be replaced together with one."""
-    if folder.is_dir():
-        names = (path.name for path in folder.iterdir())
-        return next((name for name in names if name not in (WEIGHTS, CONFIG, TOKENIZER, CARD)), None)
-    return "a file" if folder.exists() else None
+    if not folder.is_dir():
+        return "a file" if folder.exists() else None
+    known = {WEIGHTS, CONFIG, TOKENIZER, CARD, EXPORTED, *EXPORTED_FILES}
+    exported = folder / EXPORTED
+    inner = exported.iterdir() if exported.is_dir() and not exported.is_symlink() else ()
+    names = [path.relative_to(folder).as_posix() for path in (*folder.iterdir(), *inner)]
+    return next((name for name in names if name not in known), None)
 
 
 def recover(folder: Path) -> bool:
@@ -238,6 +512,8 @@ def _previous(folder: Path) -> Path:
 
 
 def _lock(folder: Path) -> FileLock:
+    from filelock import FileLock  # here, since readers seldom lock
+
     return FileLock(folder.with_name(f".{folder.name}.lock"))
 
 
@@ -273,8 +549,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{folder}: not a saved model, it has no {CONFIG}; train.py writes one to OUTPUT/best")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        config = files.read_json(path, _LARGEST_CONFIG)
+    except ValueError as error:
         raise CheckpointError(f"{path}: damaged, not JSON ({error}); fetch the model again") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); fetch the model again") from None
@@ -284,18 +560,22 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     if config.get("format") != _FORMAT:
         raise CheckpointError(
-            f"{path}: is format {config.get('format')!r}, this captioner {__version__} reads {_FORMAT}; "
-            f"install captioner {config.get('captioner_version')}, which wrote it"
+            f"{path}: is format {config.get('format')!r:.40}, this captioner {__version__} reads {_FORMAT}; "
+            f"install captioner {config.get('captioner_version')!s:.40}, which wrote it"
         )
     return config
 
 
 def _check_file(path: Path, expected: str | None) -> None:
     if not path.is_file():
-        raise CheckpointError(
-            f"{path}: missing; a saved model consists of {WEIGHTS}, {CONFIG} and {TOKENIZER}: fetch it again"
-        )
-    if (found := files.sha256(path)) != expected:
+        raise CheckpointError(_MISSING.format(path=path))
+    if (size := path.stat().st_size) > _LARGEST_FILE:
+        raise CheckpointError(f"{path}: has {size:,} bytes; expected {_LARGEST_FILE:,} at most")
+    try:
+        found = files.sha256(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); fetch the model again") from None
+    if found != expected:
         raise CheckpointError(
             f"{path}: altered, or of another model (SHA-256 {found[:12]}, {CONFIG} says {str(expected)[:12]}); "
             "fetch the model again"

@@ -1,16 +1,17 @@
-"""Every setting, with its default and its reason; validated when it is built; and the named presets.
+"""Every setting, with its default and its range, which is checked when the settings are built.
 
-The dataclasses are the command line: the comment behind a field is its help text.
+The commands take their options from these dataclasses: the comment behind a field is its help text.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import types
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
-
-import tyro
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from captioner.errors import CaptionerError
 
@@ -37,13 +38,17 @@ Normalisation = Literal["none", "average", "gnmt"]
 Objective = Literal["likelihood", "cider"]
 Tracking = Literal["wandb", "none"]
 
+_Settings = TypeVar("_Settings")
+
+_MOST_LEARNING_RATE = 1.0  # Adam moves every weight by about the learning rate in each step
+
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The CNN that looks."""
+    """The CNN, which turns a photo into 4096 numbers."""
 
-    name: EncoderName = "vgg16"  # network of torchvision; "mini" and "tiny" are this project's own
-    weights: str = "default"  # "default" (torchvision's, downloaded once; mini's are here), "random", or a weights file
+    name: EncoderName = "vgg16"  # network of torchvision, or "mini" or "tiny", which are this project's own
+    weights: str = "default"  # "default" (of torchvision, downloaded once; mini's are in the box), "random", or a file
     image_size: int = 224  # photos are resized to this height and width, in pixels
 
     def __post_init__(self) -> None:
@@ -54,11 +59,11 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The recurrent network that writes."""
+    """The recurrent network, which writes the caption."""
 
     cell: CellName = "lstm"  # "rnn" has tanh units, "irnn" ReLU units whose recurrent matrix starts as the identity
     hidden_size: int = 512  # units a layer
-    embedding_size: int = 512  # numbers a word is turned into
+    embedding_size: int = 512  # numbers that stand for a word
     layers: int = 1  # recurrent layers
     dropout: float = 0.5  # share of inputs and outputs of the recurrent layers that is zeroed in training
     feature_norm: FeatureNorm = "standard"  # "sqrt": square root, unit length; "standard": then unit variance a channel
@@ -81,19 +86,17 @@ class DecodingOptions:
     num_captions: int = 1  # captions an image, best first; the beam is at least this wide
     max_words: int = 20  # longer captions are cut there
     min_words: int = 1  # a caption may not end before it has this many words
-    length_normalisation: Normalisation = "none"  # what log-probabilities are divided by to rank
+    length_normalisation: Normalisation = "none"  # divisor of a log-probability, by which captions are ranked
     gnmt_alpha: float = 0.6  # strength of the "gnmt" normalisation, ((5 + length) / 6) ** alpha
     no_repeat_ngram: int = 0  # a run of this many words comes at most once in a caption; 0 allows all
     forbidden_words: tuple[str, ...] = ()  # words that a caption never has
-    required_words: tuple[str, ...] = ()  # words or phrases that every caption has; "dog|dogs" asks for one of the two
+    required_words: tuple[str, ...] = ()  # words or phrases that every caption has; "dog|dogs": one of the two
     beam_groups: int = 1  # groups that the beam is split into, each urged to differ from those before it
-    diversity: float = 0.5  # what a word costs, in log-probability, for each earlier group that just chose it
+    diversity: float = 0.5  # taken off the log-probability of a word for each earlier group that just chose it
     temperature: float = 1.0  # sampling: below 1 keeps to likely words, above 1 strays from them
     top_k: int = 0  # sampling: only among this many likeliest words; 0 allows all
     top_p: float = 1.0  # sampling: only among the likeliest words that together have this probability
-    typical_p: float = 1.0  # sampling: only among the most typical words that together have this probability
     seed: int = 0  # sampling: the same seed and photo give the same captions, in any batch
-    precision: Precision = "auto"  # arithmetic; "auto" is bf16 where the device has it fast
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be meant.
@@ -119,15 +122,14 @@ class DecodingOptions:
             raise CaptionerError(
                 f"min_words is {self.min_words} and max_words {self.max_words}; expected min_words <= max_words"
             )
-        for name in ("top_p", "typical_p"):
-            if not 0 < getattr(self, name) <= 1:
-                raise CaptionerError(f"{name} is {getattr(self, name)}; expected a probability above 0, and 1 at most")
+        if not 0 < self.top_p <= 1:
+            raise CaptionerError(f"top_p is {self.top_p}; expected a probability above 0, and 1 at most")
         if self.width % self.beam_groups:
             raise CaptionerError(
                 f"beam_groups is {self.beam_groups}, which does not divide the beam of {self.width}; "
                 "expected groups of equal size"
             )
-        for name, allowed in (("method", Method), ("length_normalisation", Normalisation), ("precision", Precision)):
+        for name, allowed in (("method", Method), ("length_normalisation", Normalisation)):
             _choice(name, getattr(self, name), allowed)
         if not 0 <= self.seed < 2**63:
             raise CaptionerError(f"seed is {self.seed}; expected 0 to {2**63 - 1}")
@@ -146,9 +148,9 @@ class DecodingOptions:
 class DataConfig:
     """Photos and captions."""
 
-    data: Path  # a folder in a known layout (COCO, Karpathy split, Flickr8k), or a caption file (JSON, CSV, JSONL)
+    data: Path  # folder in a known layout (COCO, Karpathy, Flickr8k), or caption file; data/shapes is drawn if missing
     images: Path | None = None  # folder of the photos, where the layout does not say it
-    restval: Literal["train", "exclude"] = "train"  # what the "restval" photos of a Karpathy split count as
+    restval: Literal["train", "exclude"] = "train"  # whether the "restval" photos of a Karpathy split are of training
     on_problem: Literal["error", "skip"] = "error"  # missing photos, double ids and so on: stop, or leave them out
     val_share: float = 0.05  # share of photos taken for validation from a CSV or JSONL file without a "split" column
     features: Path | None = None  # folder of the feature store; by default one in ~/.cache/captioner a set and encoder
@@ -165,7 +167,7 @@ class OptimisationConfig:
     objective: Objective = "likelihood"  # of the human captions; or CIDEr of captions that the model draws itself
     epochs: int = 30  # passes over all captions, at most
     batch_size: int = 128  # captions a step and process
-    learning_rate: float = 5e-4  # Adam's, after the warm-up
+    learning_rate: float = 5e-4  # of Adam, after the warm-up
     encoder_learning_rate: float = 0.0  # the same for the CNN; 0 freezes it, and its features are computed only once
     mirror: bool = False  # show the CNN half of the photos mirrored while it learns
     warmup_steps: int = 200  # the learning rate rises over these, at most a quarter of all, then falls to 1 % of it
@@ -182,6 +184,8 @@ class OptimisationConfig:
             _positive(f"optimisation.{name}", getattr(self, name))
         for name in ("encoder_learning_rate", "warmup_steps"):
             _at_least(f"optimisation.{name}", getattr(self, name), 0)
+        for name in ("learning_rate", "encoder_learning_rate"):
+            _at_most(f"optimisation.{name}", getattr(self, name), _MOST_LEARNING_RATE)
         _share("optimisation.label_smoothing", self.label_smoothing)
         if self.mirror and not self.encoder_learning_rate:
             raise CaptionerError(
@@ -193,23 +197,24 @@ class OptimisationConfig:
 class TrainingConfig:
     """Everything that a training run depends on."""
 
-    data: Annotated[DataConfig, tyro.conf.arg(name="")]
+    data: DataConfig
     output: Path  # folder of the run; the same command goes on with the run that it holds
-    start: str | None = None  # model to begin with (as for captioning); encoder, decoder and words are then its own
+    start: str | None = None  # saved model to begin with, which brings its own encoder, decoder and vocabulary
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     optimisation: OptimisationConfig = field(default_factory=OptimisationConfig)
     # how validation captions are searched for: by average log-probability, since the sum favours captions that say too
-    # little; without loops; and in fp32, so that scores do not depend on the machine
+    # little, and without loops; always in fp32, so that scores do not depend on the machine
     decoding: DecodingOptions = field(
-        default_factory=lambda: DecodingOptions(length_normalisation="average", no_repeat_ngram=3, precision="fp32")
+        default_factory=lambda: DecodingOptions(length_normalisation="average", no_repeat_ngram=3)
     )
     min_count: int = 5  # words seen fewer times in the training captions become [unk]
     max_words: int = 30  # longer training captions are cut there
-    precision: Precision = "auto"  # "auto" is bf16 where the processor or GPU is fast at it, else fp32
+    precision: Precision = "auto"  # of training: "auto" is bf16 where the processor or GPU is fast at it, else fp32
     seed: int = 0  # decides the decoder's initial weights, the order of captions and dropout
-    tracking: Tracking = "wandb"  # Weights & Biases; offline by itself where there is no API key
-    project: str = "captioner"  # of Weights & Biases
+    checkpoint_minutes: float = 10.0  # time between two checkpoints inside an epoch, from which a stopped run goes on
+    tracking: Tracking = "wandb"  # Weights & Biases, which stays offline where there is no API key
+    project: str = "captioner"  # name of the project in Weights & Biases
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -219,51 +224,19 @@ class TrainingConfig:
             raise CaptionerError(
                 'optimisation.objective "cider" needs a model that writes already; give one with --start DIR'
             )
+        _at_least("checkpoint_minutes", self.checkpoint_minutes, 0)
         _seed(self.seed)
         _choice("precision", self.precision, Precision)
         _choice("tracking", self.tracking, Tracking)
 
 
 @dataclass(frozen=True)
-class DistillationConfig:
-    """Train a CNN of this project to see what a teacher sees."""
-
-    data: Annotated[DataConfig, tyro.conf.arg(name="")]  # its training photos are learned from, its captions are not
-    teacher: Path  # a network for photos in LiteRT's format (.tflite)
-    output: Path  # folder of the run; the same command goes on with the run that it holds
-    photos: tuple[Path, ...] = ()  # more photos, or folders of photos; those of the data set are passed over
-    views: int = 5  # of each photo: the whole, and random parts; all views are kept on disk, 120 KB each
-    view_size: int = 144  # height and width that views are kept at, in pixels
-    sizes: tuple[int, ...] = (64, 96, 96, 96, 128)  # height and width that the student sees, each for as many epochs
-    epochs: int = 40  # passes over all photos, one view of each
-    batch_size: int = 64
-    learning_rate: float = 2e-3  # AdamW's, after the warm-up
-    warmup_steps: int = 300  # the learning rate rises over these, at most a quarter of all, then falls to 0
-    weight_decay: float = 0.05  # of the weights of convolutions
-    gradient_clip: float = 1.0  # largest norm of the gradient
-    seed: int = 0  # decides views, initial weights, order and augmentation
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        for name in ("views", "epochs", "batch_size"):
-            _at_least(name, getattr(self, name), 1)
-        _at_least("view_size", self.view_size, 32)
-        for name in ("warmup_steps", "weight_decay"):
-            _at_least(name, getattr(self, name), 0)
-        for name in ("learning_rate", "gradient_clip"):
-            _positive(name, getattr(self, name))
-        _seed(self.seed)
-        if not self.sizes or not all(32 <= size <= self.view_size for size in self.sizes):
-            raise CaptionerError(f"sizes are {self.sizes}; expected numbers from 32 to view_size, {self.view_size}")
-
-
-@dataclass(frozen=True)
 class Statistics:
-    """How sure scores are, and how it was computed."""
+    """How the confidence intervals of scores, and the comparison of two models, are computed."""
 
-    resamples: int = 1000  # of the bootstrap, and swaps of the paired test; 0: no intervals
+    resamples: int = 1000  # samples of the bootstrap, and swaps of the paired test; 0 leaves both out
     confidence: float = 0.95  # of the intervals
-    seed: int = 0  # of both
+    seed: int = 0  # of the bootstrap and of the paired test
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -282,6 +255,11 @@ def _at_least(name: str, value: float, low: float) -> None:
         raise CaptionerError(f"{name} is {value}; expected {low} or more")
 
 
+def _at_most(name: str, value: float, high: float) -> None:
+    if not value <= high:
+        raise CaptionerError(f"{name} is {value}; expected {high:g} or less")
+
+
 def _positive(name: str, value: float) -> None:
     if not 0 < value < math.inf:
         raise CaptionerError(f"{name} is {value}; expected more than 0")
@@ -297,68 +275,72 @@ def _share(name: str, value: float) -> None:
         raise CaptionerError(f"{name} is {value}; expected 0 or more and less than 1")
 
 
-#: The named recipes of `train.py`, each a complete configuration that any option overrides.
-PRESETS: dict[str, tuple[str, TrainingConfig]] = {
-    "coco": (
-        "VGG16 on MSCOCO: the default recipe",
-        TrainingConfig(data=DataConfig(data=Path("data/coco")), output=Path("runs/coco")),
-    ),
-    "flickr8k": (
-        "Flickr8k: 8,000 photos, for machines without a GPU",
-        TrainingConfig(
-            data=DataConfig(data=Path("data/flickr8k")),
-            output=Path("runs/flickr8k"),
-            optimisation=OptimisationConfig(epochs=10, learning_rate=1e-3, label_smoothing=0.1),
-        ),
-    ),
-    "mini": (
-        "the decoder of the model in the box, on features of its CNN",
-        TrainingConfig(
-            data=DataConfig(data=Path("data/flickr8k")),
-            output=Path("runs/mini"),
-            encoder=EncoderConfig(name="mini", weights="runs/distil/encoder.safetensors", image_size=144),
-            decoder=DecoderConfig(embedding_size=256),
-            optimisation=OptimisationConfig(epochs=10, learning_rate=1e-3, label_smoothing=0.1),
-        ),
-    ),
-    "mini-joint": (
-        "then its decoder and CNN together",
-        TrainingConfig(
-            data=DataConfig(data=Path("data/flickr8k")),
-            output=Path("runs/mini-joint"),
-            start="runs/mini",
-            optimisation=OptimisationConfig(
-                epochs=10,
-                batch_size=320,
-                learning_rate=5e-4,
-                encoder_learning_rate=1e-4,
-                mirror=True,
-                label_smoothing=0.1,
-            ),
-        ),
-    ),
-    "mini-cider": (
-        "then its decoder alone, with CIDEr as the reward",
-        TrainingConfig(
-            data=DataConfig(data=Path("data/flickr8k")),
-            output=Path("runs/mini-cider"),
-            start="runs/mini-joint",
-            optimisation=OptimisationConfig(
-                objective="cider", epochs=4, batch_size=320, learning_rate=5e-5, warmup_steps=50
-            ),
-        ),
-    ),
-    "shapes": (
-        "coloured shapes that are drawn on the spot: trains from nothing, offline, in minutes",
-        TrainingConfig(
-            data=DataConfig(data=Path("data/shapes")),
-            output=Path("runs/shapes"),
-            encoder=EncoderConfig(name="tiny", weights="random", image_size=64),
-            decoder=DecoderConfig(hidden_size=256, embedding_size=128, dropout=0.0, feature_norm="none"),
-            optimisation=OptimisationConfig(
-                epochs=10, batch_size=80, learning_rate=3e-3, encoder_learning_rate=3e-3, warmup_steps=100
-            ),
-            min_count=1,
-        ),
-    ),
-}
+# From JSON ---------------------------------------------------------------------------------------------------------
+
+#: Settings that earlier versions saved and that no longer exist; they are passed over.
+_REMOVED: dict[type, frozenset[str]] = {DecodingOptions: frozenset({"precision", "typical_p"})}
+
+_NAMES = {str: "a text", bool: "true or false", int: "a whole number", float: "a number", Path: "a path"}
+
+
+def from_json(kind: type[_Settings], saved: object, where: str = "") -> _Settings:
+    """Build settings from the JSON that they were saved as (`dataclasses.asdict`).
+
+    Settings that are not in the JSON, because the version that saved it did not have them, take their defaults.
+
+    Args:
+        kind: the dataclass to build.
+        saved: the JSON document.
+        where: dotted name of the settings in the document, for messages; empty for the whole document.
+
+    Raises:
+        CaptionerError: a setting is unknown, is missing and has no default, or is of the wrong type or out of range.
+    """
+    if not isinstance(saved, Mapping):
+        raise CaptionerError(f"{where or 'the document'} is {_shown(saved)}; expected an object")
+    prefix = f"{where}." if where else ""
+    hints = get_type_hints(kind)
+    fields = {each.name: each for each in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    given = {name: value for name, value in saved.items() if name not in _REMOVED.get(kind, ())}
+    if unknown := [name for name in given if name not in fields]:
+        raise CaptionerError(f"{prefix}{unknown[0]} is no setting of this version; expected {', '.join(fields)}")
+    values = {name: _value(hints[name], value, prefix + name) for name, value in given.items()}
+    for name, each in fields.items():
+        no_default = each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
+        if no_default and name not in values:
+            raise CaptionerError(f"{prefix}{name} is missing")
+    return kind(**values)
+
+
+def _value(hint: Any, value: Any, name: str) -> Any:
+    """A value of JSON as a value of a type."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        _choice(name, value, hint)
+        return value
+    if origin in (Union, types.UnionType):  # of a type and None
+        (inner,) = (each for each in arguments if each is not types.NoneType)
+        return None if value is None else _value(inner, value, name)
+    if origin in (tuple, list):
+        if not isinstance(value, list | tuple):
+            raise CaptionerError(f"{name} is {_shown(value)}; expected a list")
+        return origin(_value(arguments[0], each, f"{name}[{index}]") for index, each in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise CaptionerError(f"{name} is {_shown(value)}; expected an object")
+        return {key: _value(arguments[1], each, f"{name}.{key}") for key, each in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return from_json(hint, value, name)  # type: ignore[arg-type]
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if type(value) is hint:
+        return value
+    if hint is float and type(value) is int and abs(value) < 2**63:
+        return float(value)
+    raise CaptionerError(f"{name} is {_shown(value)}; expected {_NAMES[hint]}")
+
+
+def _shown(value: object) -> str:
+    """A value for a message, cut where it is long."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."

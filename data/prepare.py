@@ -1,7 +1,7 @@
 """Fetch, verify and lay out a data set: `python data/prepare.py coco` or `python data/prepare.py flickr8k`.
 
-Run it again whenever it was stopped: downloads go on where they ended, what is unpacked is not fetched again, and a
-folder that was filled by hand is only verified.
+Run it again whenever it was stopped: downloads go on where they ended, an archive that is unpacked is not
+fetched again, and a folder that was filled by hand is only verified.
 """
 
 import argparse
@@ -39,7 +39,7 @@ class Archive:
     """One zip file of a data set."""
 
     url: str
-    contents: tuple[tuple[str, int], ...]  # what is taken out of it: (pattern of the path inside, number of files)
+    contents: tuple[tuple[str, int], ...]  # files to take out of it: (pattern of their paths inside, their number)
     size: int | None = None  # bytes; None where nobody trustworthy states it
     checksum: str | None = None  # "md5:..." or "sha256:..."; None likewise
 
@@ -51,7 +51,7 @@ class Archive:
 
 @dataclass(frozen=True)
 class DataSet:
-    """What to fetch, where it goes by default, and how many photos each split then has."""
+    """The archives to fetch, the folder that they go to by default, and the number of photos of each split."""
 
     folder: Path
     archives: tuple[Archive, ...]
@@ -153,7 +153,7 @@ def prepare(data_set: DataSet, *, keep: bool = False, check: bool = False, say: 
     """Make a data set complete in its folder, verify it, and say how many photos and captions there are.
 
     Args:
-        data_set: What to prepare, and where.
+        data_set: The data set, and its folder.
         keep: Whether archives stay after they are unpacked (they are as large again as the photos).
         check: Whether only to verify what is there, and download nothing.
         say: Receives each line of what happens.
@@ -293,7 +293,7 @@ def _receive(response: http.client.HTTPResponse, part: Path, have: int, total: i
 
 
 def unpack(archive: Archive, path: Path, folder: Path, say: Callable[[str], None]) -> None:
-    """Take out of a zip file what the data set needs; each file appears only when it is whole and its CRC is right."""
+    """Take a data set's files out of a zip file; each file appears only when it is whole and its CRC is right."""
     try:
         with zipfile.ZipFile(path) as opened:
             wanted: list[tuple[zipfile.ZipInfo, str]] = []  # and where each goes

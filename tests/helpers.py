@@ -22,6 +22,7 @@ from captioner.datasets import shapes
 from captioner.model import Captioner
 from captioner.networks.decoder import Decoder
 from captioner.networks.encoder import Encoder
+from captioner.networks.inference import TorchEngine
 from captioner.vocabulary import Vocabulary
 
 ENCODER = EncoderConfig(name="tiny", weights="random", image_size=32)
@@ -68,7 +69,8 @@ def make_model(
     torch.manual_seed(seed)
     decoder = Decoder(DECODER, len(vocabulary))
     torch.nn.init.normal_(decoder.output.weight, std=2.0)  # sure of itself, so that no two captions are a tie
-    return Captioner(Encoder(encoder), decoder, vocabulary, options or DecodingOptions(max_words=6), training)
+    engine = TorchEngine(Encoder(encoder), decoder, precision="fp32", device="cpu")
+    return Captioner(engine, vocabulary, options or DecodingOptions(max_words=6), training)
 
 
 def make_config(data: Path, output: Path, epochs: int = 2, **optimisation: Any) -> TrainingConfig:
@@ -82,7 +84,7 @@ def make_config(data: Path, output: Path, epochs: int = 2, **optimisation: Any) 
             OptimisationConfig(epochs=epochs, batch_size=16, learning_rate=0.01, warmup_steps=2, patience=100),
             **optimisation,
         ),
-        decoding=DecodingOptions(max_words=8, precision="fp32"),
+        decoding=DecodingOptions(max_words=8),
         min_count=1,
         precision="fp32",
         tracking="none",

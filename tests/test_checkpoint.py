@@ -1,29 +1,44 @@
 """A saved model comes back as it was, or an error says which file is at fault; saving never loses what was there."""
 
+import contextlib
 import errno
 import json
 import multiprocessing
+import os
 import pickle
+import re
 import resource
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from helpers import SENTENCES, isolated, make_model, spoil  # noqa: F401
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors import SafetensorError
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
-from captioner import checkpoint, files
-from captioner.checkpoint import CARD, CONFIG, TOKENIZER, WEIGHTS
+from captioner import checkpoint, files, tensors
+from captioner.checkpoint import CARD, CONFIG, TOKENIZER, WEIGHTS, Checkpoint
 from captioner.config import DecoderConfig, DecodingOptions, EncoderConfig
-from captioner.errors import CheckpointError
+from captioner.errors import CaptionerError, CheckpointError
+from captioner.export.eight_bits import codes
+from captioner.hub import model_card
 from captioner.model import Captioner
 from captioner.networks import weights
+from captioner.networks.decoder import Decoder
 from captioner.vocabulary import Vocabulary
 
 FILES = {WEIGHTS, CONFIG, TOKENIZER, CARD}
@@ -66,41 +81,87 @@ def fails(folder: Path, text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_every_field_comes_back(tmp_path: Path) -> None:
-    saved = checkpoint.Checkpoint(
-        encoder=EncoderConfig(name="alexnet", weights="some/file.pth", image_size=99),
-        encoder_sha256="0123abcd",
-        decoder=DecoderConfig("gru", hidden_size=7, embedding_size=5, layers=2, dropout=0.25, feature_norm="sqrt"),
-        decoding=DecodingOptions(
-            beam_size=4,
-            num_captions=2,
-            max_words=9,
-            min_words=2,
-            length_normalisation="gnmt",
-            gnmt_alpha=0.7,
-            no_repeat_ngram=3,
-            forbidden_words=("red", "blue"),
-            beam_groups=2,
-            diversity=0.3,
-            temperature=0.9,
-            seed=5,
+def pack(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors as an exported model has them: matrices in 8 bits, and a step a row."""
+    packed = dict(state)
+    for name, array in state.items():
+        if array.ndim > 1:
+            packed[name], packed[name + tensors.STEP] = codes(array)
+    return packed
+
+
+def make_checkpoint(**changed: Any) -> Checkpoint:
+    """A model that no network of torch has made."""
+    gru = DecoderConfig("gru", hidden_size=7, embedding_size=5, layers=2, feature_norm="sqrt")
+    config = changed.get("decoder", gru)
+    vocabulary = Vocabulary.build(SENTENCES, min_count=1)
+    random = np.random.default_rng(0)
+    shapes = checkpoint.decoder_shapes(config, len(vocabulary))
+    return replace(
+        Checkpoint(
+            encoder=EncoderConfig(name="alexnet", weights="some/file.pth", image_size=99),
+            encoder_sha256="0123abcd",
+            decoder=config,
+            decoding=DecodingOptions(max_words=9),
+            vocabulary=vocabulary,
+            decoder_state={name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()},
+            encoder_state={
+                "conv.weight": random.normal(size=(2, 3, 3, 1)).astype(np.float32).transpose(0, 3, 2, 1),
+                "norm.num_batches_tracked": np.array(3),
+            },
+            training={"data": "bücher", "scores": {"cider": 0.5}, "epoch": 3},
         ),
-        vocabulary=Vocabulary.build(SENTENCES, min_count=1),
-        decoder_state={"one": torch.randn(3, 4), "half": torch.randn(2).half(), "number": torch.tensor(3)},
-        encoder_state={"two": torch.randn(2, 3, 1, 1).to(memory_format=torch.channels_last)},
-        training={"data": "bücher", "scores": {"cider": 0.5}, "epoch": 3},
+        **changed,
     )
+
+
+def equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype and np.array_equal(one[name], other[name]) for name in one
+    )
+
+
+def test_every_field_comes_back(tmp_path: Path) -> None:
+    options = DecodingOptions(
+        beam_size=4,
+        num_captions=2,
+        max_words=9,
+        min_words=2,
+        length_normalisation="gnmt",
+        gnmt_alpha=0.7,
+        no_repeat_ngram=3,
+        forbidden_words=("red", "blue"),
+        beam_groups=2,
+        diversity=0.3,
+        temperature=0.9,
+        seed=5,
+    )
+    saved = make_checkpoint(decoding=options)
     checkpoint.write(tmp_path, saved, "the card: ü")
     found = checkpoint.read(tmp_path)
-    for name in ("encoder", "encoder_sha256", "decoder", "decoding", "training"):
+    for name in ("encoder", "encoder_sha256", "decoder", "decoding", "training", "export"):
         assert getattr(found, name) == getattr(saved, name)
     assert found.vocabulary.to_json() == saved.vocabulary.to_json()
-    assert weights.fingerprint(found.decoder_state) == weights.fingerprint(saved.decoder_state)
+    assert equal(found.decoder_state, saved.decoder_state)
     assert found.encoder_state is not None
-    assert weights.fingerprint(found.encoder_state) == weights.fingerprint(saved.encoder_state or {})
+    assert equal(found.encoder_state, saved.encoder_state or {})
     assert (tmp_path / CARD).read_text(encoding="utf-8") == "the card: ü"
+    described = checkpoint.read(tmp_path, weights=False)
+    assert (described.decoder_state, described.encoder_state) == ({}, {})
+    assert described.training == saved.training
     checkpoint.write(tmp_path, replace(saved, encoder_state=None), "")
     assert checkpoint.read(tmp_path).encoder_state is None
+    assert checkpoint.read(tmp_path, weights=False).encoder_state is None
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn", "irnn"])
+@pytest.mark.parametrize("norm", ["standard", "sqrt", "none"])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_the_shapes_are_those_of_the_network(cell: Any, norm: Any, layers: int) -> None:
+    config = DecoderConfig(cell, hidden_size=6, embedding_size=4, layers=layers, feature_norm=norm)
+    state = Decoder(config, 9).state_dict()
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == checkpoint.decoder_shapes(config, 9)
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
 
 
 def test_the_files_are_those_of_the_field(folder: Path) -> None:
@@ -206,7 +267,7 @@ def test_a_key_that_is_lacking_is_named(folder: Path, where: tuple[str, ...], sa
         (("decoding", "forbidden_words"), "red", "decoding.forbidden_words is 'red'; expected a list of texts"),
         (("decoding", "seed"), "x", "decoding.seed is 'x'; expected a whole number"),
         (("decoding",), [["seed", 1]], "decoding is .*; expected an object"),
-        (("decoder", "colour"), 3, "unexpected keyword argument 'colour'"),
+        (("decoder", "colour"), 3, "decoder.colour is unknown"),
         (("decoding", "beam_size"), 0, "beam_size is 0; expected 1 to 1000"),
         (("sha256",), 3, "sha256 is 3; expected an object"),
         (("training",), 3, "training is 3; expected an object"),
@@ -276,6 +337,442 @@ def test_no_folder_at_all(tmp_path: Path) -> None:
         checkpoint.read(tmp_path / "nothing")
     (tmp_path / "file").touch()
     fails(tmp_path / "file", "no such folder")
+
+
+# Settings of other versions ----------------------------------------------------------------------------------------
+
+
+def test_settings_of_earlier_versions(folder: Path) -> None:
+    """Those that mean nothing now are passed over, those that came later take their defaults."""
+    before = checkpoint.read(folder)
+    alter_config(folder, "decoding", "typical_p", to=0.9)
+    alter_config(folder, "decoding", "precision", to="fp32")
+    alter_config(folder, "decoding", "gnmt_alpha")
+    alter_config(folder, "decoder", "dropout")
+    alter_config(folder, "encoder", "weights")
+    found = checkpoint.read(folder)
+    assert found.decoding == before.decoding
+    assert found.decoder == replace(before.decoder, dropout=DecoderConfig().dropout)
+    assert found.encoder == replace(before.encoder, weights=EncoderConfig().weights)
+
+
+def test_precision_is_not_saved_with_a_model(folder: Path) -> None:
+    assert not {"precision", "typical_p"} & json.loads((folder / CONFIG).read_text())["decoding"].keys()
+
+
+@pytest.mark.parametrize("newer", ["7.8.9", "0.10", "99.0rc1"])
+def test_a_setting_of_a_later_version(folder: Path, newer: str) -> None:
+    alter_config(folder, "decoder", "colour", to=3)
+    fails(folder, r"\(decoder.colour is unknown\); correct it, or fetch the model again$")
+    alter_config(folder, "captioner_version", to=newer)
+    fails(folder, rf"\(decoder.colour is unknown, install captioner {re.escape(newer)}, which wrote it\)")
+
+
+@dataclass(frozen=True)
+class Later:
+    """Settings with types that no setting has yet."""
+
+    rate: float | None = None
+    names: tuple[str, ...] = ()
+    kind: Literal["one", "two"] = "one"
+
+
+@pytest.mark.parametrize("given", [{}, {"rate": None}, {"rate": 0.5}, {"rate": 2}, {"names": ["a"], "kind": "two"}])
+def test_types_are_those_of_the_hints(given: dict[str, Any]) -> None:
+    expected = Later(**{name: tuple(each) if name == "names" else each for name, each in given.items()})
+    assert checkpoint._settings(Later, "later", given) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"rate": "x"}, "later.rate is 'x'; expected a number or null"),
+        ({"rate": True}, "later.rate is True; expected a number or null"),
+        ({"names": None}, "later.names is None; expected a list of texts"),
+        ({"kind": 1}, "later.kind is 1; expected a text"),
+    ],
+)
+def test_other_types_than_those_of_the_hints(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(CheckpointError, match=f"^{said}$"):
+        checkpoint._settings(Later, "later", given)
+
+
+# Exported models ---------------------------------------------------------------------------------------------------
+
+
+def make_exported(folder: Path, *, whole: bool) -> Checkpoint:
+    """A model with graphs, whose weights are in 8 bits beside them, and, where it is whole, in 32 bits as well."""
+    saved = make_checkpoint()
+    state = {f"decoder.{name}": array for name, array in saved.decoder_state.items()}
+    state |= {f"encoder.{name}": array for name, array in (saved.encoder_state or {}).items()}
+    packed = pack({name: array.copy() for name, array in state.items()})
+    packed["decoder.output.weight.step"][1] *= -1  # as a batch normalisation may turn it
+    packed["decoder.output.weight"][1] *= -1
+    packed["graphs.scale"] = np.ones(3, np.float32)
+    (folder / "onnx").mkdir(parents=True)
+    save_arrays(packed, folder / "onnx" / WEIGHTS)
+    for name in (checkpoint.ENCODER_GRAPH, checkpoint.START_GRAPH, checkpoint.STEP_GRAPH):
+        (folder / "onnx" / name).write_bytes(GRAPH)
+    given = replace(saved, export={"precision": "int8", "scores_after": {"cider": 0.4}})
+    checkpoint.write(folder, given if whole else replace(given, decoder_state={}), "")
+    return given
+
+
+#: A graph that does nothing, in ONNX's format.
+GRAPH = b"\x3a\x00"
+
+
+def rehash(folder: Path, name: str) -> None:
+    """State the right hash of a file of an exported model."""
+    config = json.loads((folder / CONFIG).read_text())
+    (config["export"] if name.startswith("onnx/") else config)["sha256"][name] = files.sha256(folder / name)
+    (folder / CONFIG).write_text(json.dumps(config))
+
+
+def test_an_exported_model_comes_back(tmp_path: Path) -> None:
+    given = make_exported(tmp_path / "model", whole=True)
+    found = checkpoint.read(tmp_path / "model")
+    assert equal(found.decoder_state, given.decoder_state)
+    assert found.export is not None
+    assert found.export["precision"] == "int8"
+    assert set(found.export["sha256"]) == set(checkpoint.EXPORTED_FILES)
+    assert checkpoint.foreign(tmp_path / "model") is None
+    checkpoint.check_graphs(tmp_path / "model", found)
+
+
+def test_the_weights_in_8_bits_are_enough(tmp_path: Path) -> None:
+    given = make_exported(tmp_path / "model", whole=False)
+    assert not (tmp_path / "model" / WEIGHTS).exists()
+    found = checkpoint.read(tmp_path / "model")
+    assert equal(found.decoder_state, tensors.unpack(pack(given.decoder_state)))
+    assert found.encoder_state is not None
+    assert equal(found.encoder_state, tensors.unpack(pack(given.encoder_state or {})))
+    described = checkpoint.read(tmp_path / "model", weights=False)
+    assert described.decoder_state == {}
+    checkpoint.check_graphs(tmp_path / "model", described)
+
+
+def test_weights_that_are_not_wanted_are_not_read(tmp_path: Path) -> None:
+    """They may be missing or damaged, as long as the graphs and their weights are there."""
+    make_exported(tmp_path / "model", whole=True)
+    (tmp_path / "model" / WEIGHTS).write_bytes(b"damaged")
+    checkpoint.check_graphs(tmp_path / "model", checkpoint.read(tmp_path / "model", weights=False))
+    (tmp_path / "model" / WEIGHTS).unlink()
+    checkpoint.check_graphs(tmp_path / "model", checkpoint.read(tmp_path / "model", weights=False))
+    with pytest.raises(CheckpointError, match=rf"model/{WEIGHTS}: missing"):
+        checkpoint.read(tmp_path / "model")
+
+
+def test_a_model_that_was_not_exported(tmp_path: Path) -> None:
+    checkpoint.write(tmp_path, make_checkpoint(), "")
+    with pytest.raises(CheckpointError, match=r"was not exported for onnxruntime; run `captioner export .*`$"):
+        checkpoint.check_graphs(tmp_path, checkpoint.read(tmp_path, weights=False))
+
+
+@pytest.mark.parametrize("name", checkpoint.EXPORTED_FILES)
+def test_a_file_of_the_graphs_is_missing_or_altered(tmp_path: Path, name: str) -> None:
+    make_exported(tmp_path, whole=True)
+    saved = checkpoint.read(tmp_path)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match=f"{name}: altered, or of another model"):
+        checkpoint.check_graphs(tmp_path, saved)
+    (tmp_path / name).unlink()
+    with pytest.raises(CheckpointError, match=f"{name}: missing"):
+        checkpoint.check_graphs(tmp_path, saved)
+
+
+def test_graphs_of_a_stranger(tmp_path: Path) -> None:
+    make_exported(tmp_path, whole=True)
+    (tmp_path / "onnx" / checkpoint.STEP_GRAPH).write_bytes(b"\x3a\x08\x0a\x06\x22\x04Loop")
+    rehash(tmp_path, f"onnx/{checkpoint.STEP_GRAPH}")
+    with pytest.raises(CheckpointError, match=r"decoder_model.onnx: .* \(the operator 'Loop', which captioner do"):
+        checkpoint.check_graphs(tmp_path, checkpoint.read(tmp_path))
+    (tmp_path / "onnx" / checkpoint.STEP_GRAPH).write_bytes(GRAPH)
+    rehash(tmp_path, f"onnx/{checkpoint.STEP_GRAPH}")
+    state = load_arrays(tmp_path / "onnx" / WEIGHTS)
+    save_arrays(state | {"graphs.scale": np.array([1, np.nan], np.float32)}, tmp_path / "onnx" / WEIGHTS)
+    rehash(tmp_path, f"onnx/{WEIGHTS}")
+    with pytest.raises(CheckpointError, match=r"onnx/model.safetensors: graphs.scale holds numbers that are not fi"):
+        checkpoint.check_graphs(tmp_path, checkpoint.read(tmp_path))
+
+
+def test_only_the_files_of_an_export_are_replaced_with_it(tmp_path: Path) -> None:
+    make_exported(tmp_path / "model", whole=True)
+    (tmp_path / "model" / "onnx" / "thesis.tex").touch()
+    assert checkpoint.foreign(tmp_path / "model") == "onnx/thesis.tex"
+
+
+# Hostile and damaged models ----------------------------------------------------------------------------------------
+
+
+def refused(folder: Path, said: str) -> None:
+    """A model ends in one line, soon and without memory."""
+    tracemalloc.start()
+    began = time.process_time()
+    try:
+        with pytest.raises(CheckpointError, match=said) as caught:
+            checkpoint.read(folder)
+        assert time.process_time() - began < 1
+        assert tracemalloc.get_traced_memory()[1] < 60 << 20
+    finally:
+        tracemalloc.stop()
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 600
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    """A model that no network of torch has made."""
+    (tmp_path / "plain").mkdir()
+    checkpoint.write(tmp_path / "plain", make_checkpoint(), "")
+    return tmp_path / "plain"
+
+
+@pytest.mark.parametrize("size", [2**62, 10**19, 10**9, 10**300])
+@pytest.mark.parametrize(
+    "where", ["encoder.image_size", "decoder.hidden_size", "decoder.embedding_size", "decoder.layers"]
+)
+def test_sizes_beyond_reason(plain: Path, where: str, size: int) -> None:
+    alter_config(plain, *where.split("."), to=size)
+    refused(plain, rf"{where} is 1?[0-9]+; expected ([0-9,]+ at most|a whole number)")
+
+
+@pytest.mark.parametrize(
+    ("where", "to", "said"),
+    [
+        ("decoder.hidden_size", 8, r"rnn.weight_ih_l0 is \(21, 5\) instead of \(24, 5\)"),
+        ("decoder.hidden_size", 60_000, r"rnn.weight_ih_l0 is \(21, 5\) instead of \(180000, 5\)"),
+        ("decoder.hidden_size", 0, "decoder.hidden_size is 0; expected 1 or more"),
+        ("decoder.hidden_size", -(2**62), "decoder.hidden_size is -4611686018427387904; expected 1 or more"),
+        ("decoder.embedding_size", 60_000, r"embedding.weight is \([0-9]+, 5\) instead of \([0-9]+, 60000\)"),
+        ("decoder.layers", 3, "rnn.weight_ih_l2 is missing"),
+        ("decoder.layers", 1, "rnn.[a-z_]+_l1 is unknown"),
+        ("decoder.layers", 64, "it has [0-9]+ tensors, too few for 64 layers"),
+        ("decoder.cell", "lstm", "rnn.weight_ih_l0 is"),
+        ("decoder.feature_norm", "standard", "standard.mean is missing"),
+        ("decoder.dropout", float("nan"), "decoder.dropout is nan"),
+        ("decoder.dropout", 10**400, "decoder.dropout is 10{59}; expected a number"),
+        ("vocabulary_size", 10**19, r"embedding.weight is .* instead of \(10000000000000000000, 5\)"),
+        ("vocabulary_size", -1, "embedding.weight is .* instead of .-1, 5."),
+        ("decoding.beam_size", 10**19, "beam_size is 10000000000000000000; expected 1 to 1000"),
+        ("decoding.max_words", 2**62, "max_words is 4611686018427387904; expected 1 to 500"),
+        ("decoding.forbidden_words", [["red"]], "decoding.forbidden_words is .* expected a list of texts"),
+        ("encoder.weights", {}, "encoder.weights is {}; expected a text"),
+        ("encoder.\x1b[31m", 1, r"encoder\..x1b.31m is unknown"),
+        ("encoder.name", "\x1b[31m\u202egg", r"encoder.name is '.x1b.31m.u202egg'; expected one of"),
+        ("format", "\x1b[31m", r"is format '.x1b.31m'"),
+        ("sha256", {TOKENIZER: 5}, "sha256 is .*; expected an object, each value a text"),
+        ("sha256", {}, "missing|altered, or of another model"),
+        ("training", [], "training is \\[\\]; expected an object"),
+        ("training.scores", [0.5], r"training.scores is \[0.5\]; expected an object, each value a number"),
+        ("training.scores", {"cider": "x\n\x1b"}, "training.scores is .*; expected an object, each value a number"),
+        ("training.data", 5, "training.data is 5; expected a text"),
+        ("training.epoch", "many", "training.epoch is 'many'; expected a whole number"),
+        ("training.start", 5, "training.start is 5; expected a text or null"),
+        ("export", 5, "export is 5; expected an object"),
+        ("export", {"precision": 8}, "export.precision is 8; expected a text"),
+        (
+            "export",
+            {"scores_after": {"cider": None}},
+            "export.scores_after is .*; expected an object, each value a",
+        ),
+    ],
+)
+def test_hostile_settings(plain: Path, where: str, to: Any, said: str) -> None:
+    alter_config(plain, *where.split("."), to=to)
+    refused(plain, said)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"model_type": "captioner", "format": ' + b"1" * 5000 + b"}", "damaged, not JSON"),
+        (b'{"model_type": ' + b"[" * 500 + b"]" * 500 + b"}", "damaged, not JSON .nested too deeply"),
+        (b'{"model_type": ' + b'{"a":' * 100_000, "damaged, not JSON .nested too deeply"),
+        (b'{"model_type": "captioner", "model_type": "x"}', "damaged, not JSON .the key 'model_type' twice"),
+        (b"\x00" * 100, "damaged, not JSON"),
+        (b'"' + b"x" * (17 << 20) + b'"', "damaged, not JSON .more than 16,777,216 bytes"),
+    ],
+)
+def test_hostile_json(plain: Path, content: bytes, said: str) -> None:
+    (plain / CONFIG).write_bytes(content)
+    refused(plain, said)
+
+
+def packed_wrongly(steps: Any) -> dict[str, Any]:
+    """An output layer in 8 bits, with other steps than it could have."""
+    shape = checkpoint.decoder_shapes(make_checkpoint().decoder, len(make_checkpoint().vocabulary))["output.weight"]
+    return {"decoder.output.weight": np.ones(shape, np.int8), "decoder.output.weight.step": steps}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda old: {"decoder.output.bias": old.astype(np.float64)}, "output.bias is float64 instead of float32"),
+        (lambda old: {"decoder.output.bias": old.astype(np.float16)}, "output.bias is float16 instead of float32"),
+        (lambda old: {"decoder.output.bias": old.astype(np.int64)}, "output.bias is int64 instead of float32"),
+        (lambda old: {"decoder.output.bias": old.astype(np.int8)}, "output.bias is int8 instead of float32"),
+        (lambda old: {"decoder.output.bias": old.astype(np.complex64)}, "output.bias is complex64 instead of float32"),
+        (lambda old: {"decoder.output.bias": old[None]}, r"output.bias is \(1, [0-9]+\) instead of"),
+        (lambda old: {"decoder.output.bias": old * np.nan}, "decoder.output.bias holds numbers that are not finite"),
+        (lambda old: {"decoder.output.bias": old + np.inf}, "decoder.output.bias holds numbers that are not finite"),
+        (lambda old: {"encoder.conv.weight": np.zeros((2, 2), np.int32)}, "conv.weight is int32 instead of float32"),
+        (
+            lambda old: {"encoder.conv.weight": np.full((2, 2), np.inf, "f4")},
+            "conv.weight holds numbers that are not",
+        ),
+        (lambda old: {"encoder.norm.num_batches_tracked": np.ones(())}, "tracked is float64 instead of int64"),
+        (lambda old: {"decoder.\x1b[31m": old}, r".x1b.31m is unknown"),
+        (lambda old: {"other": old}, "other is unknown"),
+        (lambda old: {"decoder.output.weight.step": old}, "output.weight is float32 instead of int8"),
+        (lambda old: {"decoder.output.bias.step": old[:1]}, "output.bias is float32 instead of int8"),
+        (
+            lambda old: packed_wrongly(old[:1]),
+            r"output.weight.step is \(1,\) of float32 instead of \([0-9]+,\)",
+        ),
+        (lambda old: packed_wrongly(old.astype(np.int32)), "output.weight.step is .* of int32 instead of"),
+        (lambda old: packed_wrongly(old * np.nan), "output.weight.step holds numbers that are not finite"),
+        (lambda old: {"decoder.none.step": old}, "none.step is unknown"),
+        (
+            lambda old: {f"decoder.{n}": old for n in range(2000)},
+            "0 is unknown; 1 is .* and 1997 more",
+        ),
+    ],
+)
+def test_hostile_tensors(plain: Path, change: Callable[[Any], dict[str, Any]], said: str) -> None:
+    state = load_arrays(plain / WEIGHTS)
+    save_arrays(state | change(state["decoder.output.bias"]), plain / WEIGHTS)
+    rehash(plain, WEIGHTS)
+    refused(plain, said)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG, TOKENIZER])
+def test_other_things_than_files(plain: Path, name: str) -> None:
+    (plain / name).unlink()
+    os.mkfifo(plain / name)  # which nobody writes to: reading it would last for ever
+    refused(plain, f"{name}: missing|it has no {name}")
+    (plain / name).unlink()
+    (plain / name).mkdir()
+    refused(plain, f"{name}: missing|it has no {name}")
+    (plain / name).rmdir()
+    (plain / name).symlink_to("/dev/zero")
+    refused(plain, f"{name}: missing|it has no {name}")
+    (plain / name).unlink()
+    (plain / name).symlink_to(name)
+    refused(plain, f"{name}: missing|it has no {name}")
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG, TOKENIZER])
+def test_files_of_terabytes(plain: Path, name: str) -> None:
+    with (plain / name).open("r+b") as file:
+        file.truncate(1 << 40)  # of which the disk holds nothing
+    refused(plain, f"{name}: has 1,099,511,627,776 bytes; expected|more than 16,777,216 bytes")
+
+
+def test_a_card_is_never_read(plain: Path) -> None:
+    (plain / CARD).write_bytes(b"\xff\x1b[31m")
+    checkpoint.read(plain)
+
+
+def test_a_model_that_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"training\.epoch is 'x'; expected a whole number"):
+        checkpoint.write(tmp_path, make_checkpoint(training={"epoch": "x"}), "")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from([CONFIG, TOKENIZER, WEIGHTS]),
+    edits=st.lists(
+        st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=3)), min_size=1, max_size=4
+    ),
+)
+def test_mutated_models_raise_nothing_else(plain: Path, name: str, edits: list[tuple[float, bytes]]) -> None:
+    """Bytes of a file are replaced, its hash is right, and nothing but a line of text comes out."""
+    before = {path.name: path.read_bytes() for path in plain.iterdir()}
+    content = bytearray(before[name])
+    header = min(len(content), 2500)  # of the weights, what describes them
+    for place, new in edits:
+        at = int(place * header)
+        content[at : at + len(new)] = new
+    try:
+        (plain / name).write_bytes(content)
+        if name != CONFIG:
+            rehash(plain, name)
+        with contextlib.suppress(CaptionerError):
+            checkpoint.read(plain)
+    finally:
+        for other, old in before.items():
+            (plain / other).write_bytes(old)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    where=st.sampled_from(
+        "encoder decoder decoding training export sha256 format vocabulary_size encoder.name encoder.weights "
+        "encoder.image_size decoder.cell decoder.layers decoder.hidden_size decoder.dropout decoding.beam_size "
+        "decoding.forbidden_words decoding.seed training.scores training.epoch sha256.tokenizer.json".split()
+    ),
+    value=st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+        max_leaves=6,
+    ),
+)
+def test_any_value_raises_nothing_else(plain: Path, where: str, value: Any) -> None:
+    before = (plain / CONFIG).read_bytes()
+    config = json.loads(before)
+    group, _, key = where.partition(".")
+    if key:
+        config[group][key] = value
+    else:
+        config[group] = value
+    try:
+        (plain / CONFIG).write_text(json.dumps(config))
+        model_card(checkpoint.read(plain))
+    except CaptionerError as error:
+        line = str(error)
+        assert line.isprintable()
+    finally:
+        (plain / CONFIG).write_bytes(before)
+
+
+def test_a_model_is_read_without_torch_and_other_libraries(tmp_path: Path) -> None:
+    make_exported(tmp_path / "model", whole=False)
+    code = (
+        "import sys\n"
+        "for name in 'torch torchvision tokenizers huggingface_hub onnx jaxtyping safetensors.torch'.split():\n"
+        "    sys.modules[name] = None\n"
+        "from pathlib import Path\n"
+        "from captioner import checkpoint, hub, errors\n"
+        "from captioner.vocabulary import Vocabulary\n"
+        "folder = hub.find(sys.argv[1])\n"
+        "saved = checkpoint.read(folder)\n"
+        "checkpoint.check_graphs(folder, checkpoint.read(folder, weights=False))\n"
+        "checkpoint.write(folder, saved, '')\n"
+        "print(len(checkpoint.read(hub.find('mini')).decoder_state), len(saved.decoder_state))\n"
+        "for ask in (lambda: hub.find('owner/model'), lambda: hub.model_card(saved), lambda: hub.push(print, 'a/b')):\n"
+        "    try:\n"
+        "        ask()\n"
+        "    except errors.CaptionerError as error:\n"
+        "        print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "model")],
+        cwd=Path(checkpoint.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stderr == ""
+    remedy = "huggingface_hub is not installed; pip install 'captioner[train]'"
+    counts, *errors = done.stdout.splitlines()
+    assert counts == f"12 {len(checkpoint.decoder_shapes(make_checkpoint().decoder, 1))}"
+    assert errors == [
+        f"owner/model: no such model here, nor can the Hugging Face Hub be asked: {remedy}",
+        remedy,
+        remedy,
+    ]
 
 
 # Saving ------------------------------------------------------------------------------------------------------------
@@ -449,14 +946,14 @@ def test_a_model_that_is_replaced_while_it_is_read(folder: Path, monkeypatch: py
 
     monkeypatch.setattr(checkpoint, "_read_config", replace_after)
     found = checkpoint.read(folder)
-    assert weights.fingerprint(found.decoder_state) == weights.fingerprint(new.decoder.state_dict())
+    assert weights.fingerprint(found.decoder_state) == weights.fingerprint(new.engine.decoder.state_dict())
     assert len(calls) == 2
 
 
 def test_reading_while_another_saves(folder: Path) -> None:
     """A model is never half the old one and half the new one."""
     models = [make_model(seed=seed) for seed in (0, 1)]
-    hashes = {weights.fingerprint(model.decoder.state_dict()) for model in models}
+    hashes = {weights.fingerprint(model.engine.decoder.state_dict()) for model in models}
     stop = threading.Event()
     failures: list[Exception] = []
 
@@ -481,7 +978,7 @@ def test_reading_while_another_saves(folder: Path) -> None:
 
 def test_only_a_model_is_replaced(folder: Path, tmp_path: Path) -> None:
     (folder / "thesis.tex").write_text("three years of work")
-    with pytest.raises(CheckpointError, match=r"holds what is not of a model \(thesis.tex\); choose another folder"):
+    with pytest.raises(CheckpointError, match=r"files that are not of a model \(thesis.tex\); choose another"):
         make_model(seed=1).save_pretrained(folder)
     assert (folder / "thesis.tex").read_text() == "three years of work"
     (tmp_path / "file").write_text("text")

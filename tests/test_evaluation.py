@@ -10,18 +10,29 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers import data, isolated, make_data, make_model  # noqa: F401
+from helpers import ENCODER, data, isolated, make_data, make_model  # noqa: F401
 
-from captioner import cli, metrics, scoring
-from captioner.config import DecodingOptions, Statistics
-from captioner.datasets.annotations import Example, load
-from captioner.errors import CaptionerError
-from captioner.scoring import Hypotheses, compare, read_results, references_of
-from captioner.training.run import fingerprint
+from captioner import Captioner, cli, evaluation, metrics
+from captioner.config import DataConfig, DecodingOptions, Statistics
+from captioner.datasets.annotations import Example, captions_sha256, load
+from captioner.errors import CaptionerError, ImageError
+from captioner.evaluation import (
+    Hypotheses,
+    References,
+    compare,
+    evaluate_model,
+    evaluate_results,
+    read_references,
+    read_results,
+    references_of,
+)
+from captioner.runtime import OnnxEngine
 
+ROOT = Path(__file__).resolve().parents[1]
 COCO = {
     "images": [{"id": number, "file_name": f"{number}.jpg"} for number in (1, 2, 3)],
     "annotations": [
@@ -59,7 +70,7 @@ def known(references: Path) -> dict[Any, tuple[str, ...]]:
 
 
 def run(*arguments: object) -> int:
-    return cli.evaluate([str(argument) for argument in arguments])
+    return cli.run("evaluate", [str(argument) for argument in arguments])
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -78,8 +89,8 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 @pytest.fixture
 def model(data: Path, tmp_path: Path) -> Path:
-    known = fingerprint(load(data).split("train"))
-    options = DecodingOptions(max_words=6, beam_size=2, min_words=2, precision="fp32")
+    known = captions_sha256(load(data).split("train"))
+    options = DecodingOptions(max_words=6, beam_size=2, min_words=2)
     captioner = make_model(options=options, data="tiny", epoch=2, train_sha256=known)
     captioner.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
@@ -100,8 +111,6 @@ def test_a_model_is_scored_on_a_split(
     examples = load(data).split("val")
     scores = metrics.score(references_of(examples), written)
     assert one["scores"] == pytest.approx(scores, abs=1e-12)
-    from captioner import Captioner
-
     loaded = Captioner.from_pretrained(model)
     assert written == {example.image_id: loaded.caption(example.path).text for example in examples}
 
@@ -166,13 +175,13 @@ def test_photos_that_cannot_be_read_are_left_out_and_named(
     assert len(found["unreadable"]) == 1
     for example in load(folder).split("val"):
         example.path.write_text("no photo")
-    assert "there is nothing to score" in fails(capsys, *common, "--features", tmp_path / "new")
+    assert "none of the 4 photos can be read" in fails(capsys, *common, "--features", tmp_path / "new")
 
 
 def test_photos_of_another_encoder_are_not_mixed(
     data: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = dataclasses.replace(make_model().encoder.config, image_size=40)
+    config = dataclasses.replace(ENCODER, image_size=40)
     make_model(config).save_pretrained(tmp_path / "other")
     common = ("--data", data, "--features", tmp_path / "features")
     assert run("--model", model, *common) == 0
@@ -181,12 +190,60 @@ def test_photos_of_another_encoder_are_not_mixed(
     assert "made differently: image_size is 32 there and 40 here; choose another folder with --features" in line
 
 
+def test_the_same_from_python(data: Path, model: Path, tmp_path: Path) -> None:
+    captioner = Captioner.from_pretrained(model)
+    found = evaluate_model(captioner, DataConfig(data, features=tmp_path / "features"), statistics=Statistics(50))
+    output = tmp_path / "scores.json"
+    common = ("--model", model, "--data", data, "--features", tmp_path / "features", "--statistics.resamples", 50)
+    assert run(*common, "--output", output) == 0
+    (one,) = json.loads(output.read_text())["evaluations"]
+    assert json.loads(json.dumps(found.as_json(), default=str)) == one
+    path = results(tmp_path / "results.json", dict(found.hypotheses.captions))
+    again = evaluate_results(path, read_references(data, "val"), statistics=Statistics(50))
+    assert again.scores.corpus == pytest.approx(found.scores.corpus, abs=1e-12)
+    assert again.references.captions == found.references.captions
+
+
+def test_an_exported_model_needs_no_store(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Photos are captioned as `captioner caption` does it, and those that cannot be read are left out."""
+    from captioner.bulk import pipeline
+
+    val = load(data).split("val")
+    bad = val[1].path
+
+    def caption_photos(captioner: Any, paths: Sequence[Path], options: DecodingOptions) -> Any:
+        assert options == captioner.options
+        for path in paths:
+            error = ImageError(f"{path}: not a photo") if path == bad else None
+            caption = SimpleNamespace(text="a red circle", finished=True)
+            yield SimpleNamespace(path=path, error=error, captions=[caption])
+
+    monkeypatch.setattr(pipeline, "caption_photos", caption_photos)
+    engine = OnnxEngine.__new__(OnnxEngine)  # which has loaded no graph
+    engine.folder = tmp_path / "onnx"
+    engine.folder.mkdir()
+    (engine.folder / "model.safetensors").write_bytes(b"weights")
+    captioner: Any = SimpleNamespace(
+        engine=engine,
+        options=DecodingOptions(beam_size=2),
+        vocabulary=SimpleNamespace(sha256="1234"),
+        training={},
+    )
+    found = evaluate_model(captioner, DataConfig(data), statistics=Statistics(0))
+    assert found.hypotheses.captions == {e.image_id: "a red circle" for e in val if e.path != bad}
+    assert found.references.unreadable == (f"{bad}: not a photo",)
+    graphs = {"model.safetensors": hashlib.sha256(b"weights").hexdigest()}
+    assert found.as_json().items() >= {"engine": "onnx", "graphs_sha256": graphs, "vocabulary_sha256": "1234"}.items()
+    with pytest.raises(CaptionerError, match="--features is of the engine torch only"):
+        evaluate_model(captioner, DataConfig(data, features=tmp_path))
+
+
 # Files of results --------------------------------------------------------------------------------------------------
 
 
 def test_a_file_of_results(references: Path, known: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = results(tmp_path / "good.json", GOOD)
-    assert run("--results", path, "--references", references, "--output", tmp_path / "scores.json") == 0
+    assert run(path, "--references", references, "--output", tmp_path / "scores.json") == 0
     scores = metrics.score(known, GOOD)
     found = json.loads((tmp_path / "scores.json").read_text())
     (one,) = found["evaluations"]
@@ -203,10 +260,19 @@ def test_scores_are_added_to_where_standard_output_goes(references: Path, tmp_pa
     """`--output /dev/stdout >> FILE` must not replace FILE."""
     good, where = results(tmp_path / "good.json", GOOD), tmp_path / "all"
     where.write_text("of earlier commands\n")
-    code = "import sys; from captioner.cli import evaluate; sys.exit(evaluate(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, good, "--references", references, "--output", "/dev/stdout"]
+    command = [
+        sys.executable,
+        "-m",
+        "captioner",
+        "evaluate",
+        good,
+        "--references",
+        references,
+        "--output",
+        "/dev/stdout",
+    ]
     with where.open("a") as out:
-        subprocess.run(command, stdout=out, check=True, timeout=120)
+        subprocess.run(command, stdout=out, check=True, timeout=120, cwd=ROOT)
     assert where.read_text().startswith("of earlier commands\n")
     assert '"evaluations"' in where.read_text()
 
@@ -329,11 +395,11 @@ def test_two_files_are_compared(
 
 
 def test_different_photos_are_not_compared(known: Any) -> None:
-    one = scoring.evaluate(known, Hypotheses(GOOD, {}))
+    one = evaluation.evaluate(References(known), Hypotheses(GOOD, {}))
     less = {image_id: known[image_id] for image_id in (1, 2)}
-    two = scoring.evaluate(less, Hypotheses({1: "a", 2: "b"}, {}))
+    two = evaluation.evaluate(References(less), Hypotheses({1: "a", 2: "b"}, {}))
     with pytest.raises(CaptionerError, match="3 is in one only"):
-        compare((one, two), Statistics(resamples=10))
+        compare(one, two, Statistics(resamples=10))
 
 
 # Document frequencies ----------------------------------------------------------------------------------------------
@@ -402,6 +468,8 @@ def test_what_to_score_must_be_clear(
         capsys, tmp_path / "nothing.json", "--references", references
     )
     assert "good.json: " in fails(capsys, good, "--references", good)
+    idle = fails(capsys, good, "--references", references, "--engine", "torch", "--beam-size", 5, "--images", tmp_path)
+    assert "--images, --beam-size, --engine has no meaning with files of results; leave it out" in idle
     assert "no such model" in fails(capsys, "--model", tmp_path / "nothing", "--data", data)
 
 
@@ -463,13 +531,13 @@ def test_statistics_out_of_range(
 
 
 def test_copies_of_training_captions_are_counted(known: Any) -> None:
-    found = scoring.evaluate(known, Hypotheses(GOOD, {}), training=["A dog on the beach.", "another"])
+    found = evaluation.evaluate(References(known, training=("A dog on the beach.", "another")), Hypotheses(GOOD, {}))
     assert found.diversity.in_training == pytest.approx(1 / 3)
 
 
 def test_a_photo_without_a_caption(known: Any) -> None:
     with pytest.raises(CaptionerError, match="1 images have references but no caption, the first is 3"):
-        scoring.evaluate(known, Hypotheses({1: "a", 2: "b"}, {}))
+        evaluation.evaluate(References(known), Hypotheses({1: "a", 2: "b"}, {}))
 
 
 @pytest.mark.shared

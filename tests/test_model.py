@@ -5,10 +5,12 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from helpers import ENCODER, isolated, make_model, make_photo  # noqa: F401
@@ -20,9 +22,12 @@ from captioner import Captioner, checkpoint
 from captioner.checkpoint import CARD, CONFIG, TOKENIZER, WEIGHTS
 from captioner.config import DecodingOptions
 from captioner.errors import CheckpointError, ImageError, WeightsError
-from captioner.hub import model_card
 from captioner.networks import weights
 from captioner.networks.encoder import Encoder
+from captioner.networks.inference import TorchEngine
+
+#: Loads in arithmetic that gives the same captions as the model that was saved.
+load = partial(Captioner.from_pretrained, device="cpu", precision="fp32")
 
 FILES = {WEIGHTS, CONFIG, TOKENIZER, CARD}
 
@@ -76,19 +81,20 @@ def test_options_are_the_models_own_unless_given(photos: list[Path]) -> None:
     assert len(model.caption(photos[0]).tokens) == 2
     longer = model.caption(photos[0], DecodingOptions(max_words=7, min_words=7))
     assert len(longer.tokens) == 7
-    features = model.features(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    features = model.features(np.zeros((2, 3, 32, 32), np.uint8))
     found = model.describe(features, DecodingOptions(num_captions=3, max_words=4))
     assert [len(captions) for captions in found] == [3, 3]
     assert [c.logprob for c in found[0]] == sorted((c.logprob for c in found[0]), reverse=True)
-    assert torch.equal(model.features(features), features)
 
 
 def test_a_caption_says_whether_it_was_cut(photos: list[Path]) -> None:
     for bias, finished in ((-30.0, False), (30.0, True)):
         model = make_model(options=DecodingOptions(max_words=3))
+        network = model.engine
         with torch.no_grad():
-            model.decoder.output.bias[model.vocabulary.end] = bias
-        assert model.caption(photos[0]).finished == finished
+            network.decoder.output.bias[model.vocabulary.end] = bias
+        changed = Captioner(TorchEngine(network.encoder, network.decoder, "fp32"), model.vocabulary, model.options)
+        assert changed.caption(photos[0]).finished == finished
 
 
 def test_what_is_no_photo(tmp_path: Path) -> None:
@@ -105,7 +111,7 @@ def test_what_is_no_photo(tmp_path: Path) -> None:
 def test_the_same_captions_after_saving(tmp_path: Path, photos: list[Path]) -> None:
     model = make_model(options=DecodingOptions(max_words=5, beam_size=2), epoch=3, scores={"cider": 0.5})
     model.save_pretrained(tmp_path / "model")
-    found = Captioner.from_pretrained(tmp_path / "model", device="cpu")
+    found = load(tmp_path / "model")
     assert [found.caption(photo) for photo in photos] == [model.caption(photo) for photo in photos]
     assert found.options == model.options
     assert found.training == model.training
@@ -113,7 +119,7 @@ def test_the_same_captions_after_saving(tmp_path: Path, photos: list[Path]) -> N
     for name in FILES:
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
     shutil.move(tmp_path / "model", tmp_path / "elsewhere")
-    assert sentences(Captioner.from_pretrained(str(tmp_path / "elsewhere")), photos) == sentences(model, photos)
+    assert sentences(load(str(tmp_path / "elsewhere")), photos) == sentences(model, photos)
 
 
 def test_random_weights_are_stored(tmp_path: Path) -> None:
@@ -126,17 +132,18 @@ def test_random_weights_are_stored(tmp_path: Path) -> None:
 def test_a_fine_tuned_encoder_stays_with_its_model(by_reference: tuple[Captioner, Path], photos: list[Path]) -> None:
     """Also after it was loaded, and saved again: nobody else has these weights."""
     model, path = by_reference
-    tuned = Encoder(model.encoder.config, trainable=True)
+    tuned = Encoder(model.engine.encoder.config, trainable=True)
     tuned.body.load_state_dict(shake(tuned), strict=False)
     tuned.eval()
-    first = Captioner(tuned, model.decoder, model.vocabulary, model.options)
+    engine = TorchEngine(tuned, model.engine.decoder, "fp32")
+    first = Captioner(engine, model.vocabulary, model.options)
     first.save_pretrained(path.parent / "first")
-    second = Captioner.from_pretrained(path.parent / "first")
+    second = load(path.parent / "first")
     second.save_pretrained(path.parent / "second")
     path.unlink()
-    third = Captioner.from_pretrained(path.parent / "second")
+    third = load(path.parent / "second")
     assert sentences(first, photos) == sentences(second, photos) == sentences(third, photos)
-    assert third.encoder.weights_sha256 != model.encoder.weights_sha256
+    assert third.engine.encoder.weights_sha256 != model.engine.encoder.weights_sha256
 
 
 def test_known_weights_are_stored_by_reference(by_reference: tuple[Captioner, Path], photos: list[Path]) -> None:
@@ -144,7 +151,7 @@ def test_known_weights_are_stored_by_reference(by_reference: tuple[Captioner, Pa
     saved = checkpoint.read(path.parent / "model")
     assert saved.encoder_state is None
     assert saved.encoder.weights == str(path)
-    assert sentences(Captioner.from_pretrained(path.parent / "model"), photos) == sentences(model, photos)
+    assert sentences(load(path.parent / "model"), photos) == sentences(model, photos)
 
 
 def test_weights_that_have_moved(by_reference: tuple[Captioner, Path], photos: list[Path]) -> None:
@@ -152,20 +159,20 @@ def test_weights_that_have_moved(by_reference: tuple[Captioner, Path], photos: l
     folder, moved = path.parent / "model", path.with_name("moved.safetensors")
     path.rename(moved)
     with pytest.raises(WeightsError, match="no such weight file for tiny") as caught:
-        Captioner.from_pretrained(folder)
+        load(folder)
     assert str(caught.value) == (
         f"{path}: no such weight file for tiny, which {folder} was trained with; give a file of these weights "
-        f"(SHA-256 {model.encoder.weights_sha256[:12]}) with --encoder.weights FILE, or use the model in the box: "
-        "--model mini"
+        f"(SHA-256 {model.engine.encoder.weights_sha256[:12]}) with --encoder.weights FILE, or use the model in the "
+        "box: --model mini"
     )
     with pytest.raises(
         WeightsError, match=r"other.pth: no such weight file for tiny; give a .safetensors or .pth file"
     ):
-        Captioner.from_pretrained(folder, encoder_weights="other.pth")
-    found = Captioner.from_pretrained(folder, encoder_weights=str(moved))
+        load(folder, encoder_weights="other.pth")
+    found = load(folder, encoder_weights=str(moved))
     assert sentences(found, photos) == sentences(model, photos)
     found.save_pretrained(folder)  # and now it knows where they are
-    assert sentences(Captioner.from_pretrained(folder), photos) == sentences(model, photos)
+    assert sentences(load(folder), photos) == sentences(model, photos)
 
 
 def test_weights_are_found_from_any_working_directory(
@@ -177,14 +184,14 @@ def test_weights_are_found_from_any_working_directory(
     model = make_model(replace(ENCODER, weights=path.name))
     model.save_pretrained("relative")
     monkeypatch.chdir("elsewhere")
-    assert sentences(Captioner.from_pretrained("../relative"), photos) == sentences(model, photos)
+    assert sentences(load("../relative"), photos) == sentences(model, photos)
 
 
 def test_a_model_that_stores_its_encoder_takes_no_other(by_reference: tuple[Captioner, Path], tmp_path: Path) -> None:
     _, path = by_reference
     make_model().save_pretrained(tmp_path / "stored")
     with pytest.raises(CheckpointError) as caught:
-        Captioner.from_pretrained(tmp_path / "stored", encoder_weights=str(path))
+        load(tmp_path / "stored", encoder_weights=str(path))
     assert str(caught.value) == (
         f"{tmp_path / 'stored'}: has the weights of its encoder in itself; leave out those given ({path})"
     )
@@ -192,47 +199,18 @@ def test_a_model_that_stores_its_encoder_takes_no_other(by_reference: tuple[Capt
 
 def test_weights_in_another_format_are_the_same_weights(by_reference: tuple[Captioner, Path]) -> None:
     model, path = by_reference
-    torch.save(model.encoder.body.state_dict(), path.with_suffix(".pth"))
-    found = Captioner.from_pretrained(path.parent / "model", encoder_weights=str(path.with_suffix(".pth")))
-    assert found.encoder.weights_sha256 == model.encoder.weights_sha256
+    torch.save(model.engine.encoder.body.state_dict(), path.with_suffix(".pth"))
+    found = load(path.parent / "model", encoder_weights=str(path.with_suffix(".pth")))
+    assert found.engine.encoder.weights_sha256 == model.engine.encoder.weights_sha256
 
 
 def test_other_weights_are_refused(by_reference: tuple[Captioner, Path]) -> None:
     model, path = by_reference
-    save_file(shake(model.encoder), path)
+    save_file(shake(model.engine.encoder), path)
     with pytest.raises(CheckpointError, match=r"was trained with other tiny weights than those of .*--encoder.weights"):
-        Captioner.from_pretrained(path.parent / "model")
+        load(path.parent / "model")
     with pytest.raises(CheckpointError, match=r"was trained with other tiny weights than those of 'random'"):
-        Captioner.from_pretrained(path.parent / "model", encoder_weights="random")
-
-
-def test_packed_models_are_a_quarter_of_the_size(
-    by_reference: tuple[Captioner, Path], tmp_path: Path, photos: list[Path]
-) -> None:
-    model, path = by_reference
-    model.training["scores"] = {"cider": 1.5}
-    model.save_pretrained(tmp_path / "whole")
-    model.save_pretrained(tmp_path / "packed", packed=True)
-    mode, other = ((tmp_path / "packed" / name).stat().st_mode for name in (WEIGHTS, "config.json"))
-    assert mode == other  # whoever may read one of the files may read all
-    path.unlink()  # a packed model has its encoder in itself
-    found = Captioner.from_pretrained(tmp_path / "packed")
-    assert found.encoder.config.weights == path.name  # where it was is nobody else's business
-    state = model.encoder.body.state_dict() | model.decoder.state_dict()
-    numbers = sum(tensor.numel() for tensor in state.values() if tensor.ndim > 1)
-    others = sum(tensor.numel() for tensor in state.values() if tensor.ndim < 2)
-    rows = sum(len(tensor) for tensor in state.values() if tensor.ndim > 1)
-    size = (tmp_path / "packed" / WEIGHTS).stat().st_size
-    assert size < numbers + 4 * (rows + others) + 8000  # and the names
-    assert sentences(found, photos) == sentences(model, photos)
-    assert found.encoder.weights_sha256 != model.encoder.weights_sha256  # rounded weights are others
-    assert found.training["scores_before_packing"] == {"cider": 1.5}  # nobody scored the rounded weights
-    assert "scores" not in found.training
-    card = (tmp_path / "packed" / "README.md").read_text()
-    assert "(beam 3, before its weights were rounded to 8 bits)" in card
-    assert "| cider | 1.5000 |" in card
-    found.save_pretrained(tmp_path / "again", packed=True)
-    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "packed" / WEIGHTS).read_bytes()
+        load(path.parent / "model", encoder_weights="random")
 
 
 # Runs and the Hub --------------------------------------------------------------------------------------------------
@@ -244,24 +222,24 @@ def test_the_folder_of_a_run_means_its_best_model(tmp_path: Path, photos: list[P
     run = tmp_path / "run"
     best.save_pretrained(run / "best")
     (run / "config.json").write_text("{}")
-    assert sentences(Captioner.from_pretrained(run), photos) == sentences(best, photos)
+    assert sentences(load(run), photos) == sentences(best, photos)
     last.save_pretrained(run / "last")
-    assert sentences(Captioner.from_pretrained(run), photos) == sentences(best, photos)
-    assert sentences(Captioner.from_pretrained(run / "last"), photos) == sentences(last, photos)
+    assert sentences(load(run), photos) == sentences(best, photos)
+    assert sentences(load(run / "last"), photos) == sentences(last, photos)
     (run / "best").rename(run / ".best.old")  # killed while the best was replaced
-    assert sentences(Captioner.from_pretrained(run), photos) == sentences(best, photos)
+    assert sentences(load(run), photos) == sentences(best, photos)
 
 
 def test_a_run_without_a_best_model(tmp_path: Path) -> None:
     make_model().save_pretrained(tmp_path / "run" / "last")
     with pytest.raises(CheckpointError, match=r"run: has no best checkpoint yet; wait for its first validation"):
-        Captioner.from_pretrained(tmp_path / "run")
+        load(tmp_path / "run")
     (tmp_path / "new").mkdir()
     with pytest.raises(CheckpointError, match=r"new: not a saved model, it has no config.json; train.py writes one"):
-        Captioner.from_pretrained(tmp_path / "new")
+        load(tmp_path / "new")
     (tmp_path / "new" / "config.json").write_text(json.dumps({"data": {}, "output": "new"}))
     with pytest.raises(CheckpointError, match=r"not of a model.*from its first validation on, in OUTPUT/best"):
-        Captioner.from_pretrained(tmp_path / "new")
+        load(tmp_path / "new")
 
 
 def test_a_name_on_the_hub_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photos: list[Path]) -> None:
@@ -274,8 +252,11 @@ def test_a_name_on_the_hub_is_downloaded(tmp_path: Path, monkeypatch: pytest.Mon
         return str(tmp_path / "cache")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert sentences(Captioner.from_pretrained("someone/dogs"), photos) == sentences(model, photos)
-    assert asked == [("someone/dogs", ["*.json", "*.safetensors", "README.md"])]  # no pickles, no code
+    assert sentences(load("someone/dogs"), photos) == sentences(model, photos)
+    ((name, patterns),) = asked
+    assert name == "someone/dogs"
+    assert {*FILES, "onnx/model.safetensors", "onnx/encoder_model.onnx"} <= {*patterns}
+    assert all(pattern.endswith((".json", ".safetensors", ".onnx", "README.md")) for pattern in patterns)  # no code
 
 
 @pytest.mark.parametrize(
@@ -294,7 +275,7 @@ def test_an_unknown_name_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exc
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(CheckpointError) as caught:
-        Captioner.from_pretrained("no/model")
+        load("no/model")
     assert str(caught.value) == (
         "no/model: no such model here, nor on the Hugging Face Hub (Cannot find it); "
         'give the folder of one, use the one in the box ("mini"), or train one: python train.py shapes'
@@ -312,7 +293,7 @@ def test_what_is_no_name_on_the_hub_is_not_asked_for(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the Hub"))
     with pytest.raises(CheckpointError, match="no such model") as caught:
-        Captioner.from_pretrained(name)
+        load(name)
     assert re.fullmatch(
         rf"{name}: no such model( \(.+\))?; give the folder of one, .*\(\"mini\"\), .* python train.py shapes",
         str(caught.value),
@@ -360,45 +341,3 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, error: Ex
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub(error))
     with pytest.raises(CheckpointError, match=r"^me/dogs: cannot be uploaded \(No way\); see `hf auth login`"):
         make_model().push_to_hub("me/dogs")
-
-
-# The model card ----------------------------------------------------------------------------------------------------
-
-
-def test_the_card_tells_what_the_model_is(tmp_path: Path) -> None:
-    yaml = pytest.importorskip("yaml")
-    scores = {"bleu_4": 0.21349, "cider": 0.71}
-    model = make_model(options=DecodingOptions(beam_size=4), data="flickr8k", epoch=7, scores=scores)
-    model.training["seed"] = 3
-    model.save_pretrained(tmp_path / "model")
-    text = (tmp_path / "model" / CARD).read_text(encoding="utf-8")
-    match = re.match(r"---\n(.*?)\n---\n\n# ", text, re.DOTALL)
-    assert match is not None
-    front = yaml.safe_load(match[1])
-    assert front == {
-        "library_name": "captioner",
-        "pipeline_tag": "image-to-text",
-        "tags": ["image-captioning"],
-    }
-    for said in (
-        "| bleu_4 | 0.2135 |",
-        "| cider | 0.7100 |",
-        "(beam 4)",
-        "training data: flickr8k",
-        "epochs: 7, seed 3",
-        "`lstm`, 1 layer(s) of 16 units",
-        f"writes with {len(model.vocabulary)} words",
-        f"`tiny`, weights stored with the model, SHA-256 `{model.encoder.weights_sha256}`",
-    ):
-        assert said in text
-
-
-def test_the_card_of_a_model_that_nobody_trained(by_reference: tuple[Captioner, Path]) -> None:
-    _, path = by_reference
-    saved = checkpoint.read(path.parent / "model")
-    text = model_card(saved)
-    assert "Scores" not in text
-    assert f"`{path.name}`, by reference" in text
-    assert "(greedy search)" in model_card(
-        replace(saved, training={"scores": {"cider": 1.0}}, decoding=DecodingOptions(beam_size=1))
-    )

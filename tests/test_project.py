@@ -1,4 +1,4 @@
-"""The project as a whole: which module may know which, what is public, and what an import costs."""
+"""The project as a whole: which module may know which, what needs torch, and what is public."""
 
 import ast
 import subprocess
@@ -14,18 +14,31 @@ PACKAGE = ROOT / "captioner"
 
 #: From the bottom to the top: a module or sub-package imports from layers below its own.
 LAYERS = [
-    {"errors", "files", "progress", "metrics"},
-    {"config"},
-    {"vocabulary", "images"},
-    {"decoding", "networks"},
-    {"datasets"},
-    {"checkpoint", "scoring"},
+    {"errors", "metrics"},
+    {"files", "machine", "progress"},
+    {"config", "tensors"},
+    {"vocabulary", "images", "graphs"},
+    {"decoding"},
+    {"checkpoint"},
     {"hub"},
+    {"runtime"},
+    {"networks"},
+    {"datasets"},
     {"model"},
-    {"bulk", "evaluation"},
-    {"training"},
+    {"bulk"},
+    {"evaluation"},
+    {"training", "export"},
     {"cli"},
 ]
+
+#: Modules that need torch; all others are there after a plain `pip install captioner`.
+TORCH = {"networks", "datasets.batches", "training", "export"}
+
+#: Packages of the extra `train`.
+TRAIN = (
+    "torch torchvision accelerate jaxtyping beartype huggingface_hub wandb pycocotools nltk onnx jinja2 "
+    "safetensors.torch tokenizers"
+).split()
 
 
 def modules():
@@ -147,10 +160,65 @@ def test_public_names_are_the_same_to_the_type_checker():
         assert home == module, name
 
 
-@pytest.mark.parametrize("module", ["captioner", "captioner.errors", "captioner.config", "captioner.cli"])
-def test_importing_is_light(module):
-    heavy = "torch torchvision transformers accelerate wandb pycocotools nltk scipy pandas pyarrow"
-    code = f"import sys, {module}; print(*(name for name in '{heavy}'.split() if name in sys.modules))"
+def dotted(path):
+    """`captioner/datasets/shapes.py` -> `datasets.shapes`; the package itself is an empty text."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def needs_torch(name):
+    return any(name == other or name.startswith(f"{other}.") for other in TORCH)
+
+
+def test_the_torch_line():
+    """Every module that captions, scores or reads captions is imported where nothing of the extra `train` can be."""
+    names = [dotted(path) for path in sorted(PACKAGE.rglob("*.py"))]
+    assert all(any(needs_torch(name) and name.startswith(other) for name in names) for other in TORCH)
+    free = [".".join(filter(None, ("captioner", name))) for name in names if not needs_torch(name)]
+    code = f"""
+import importlib, sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if any(name == other or name.startswith(other + ".") for other in {TRAIN!r}):
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+for name in {[name for name in free if not name.endswith("__main__")]!r}:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        print(name, "needs", error.name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_torch_is_imported_below_the_line_only():
+    """And for the type checker, or inside functions, which a missing torch reaches as an error of one line."""
+    for path, tree in modules().items():
+        if needs_torch(dotted(path)):
+            continue
+        top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        found = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
+        found |= {node.module for node in top if isinstance(node, ast.ImportFrom)}
+        assert not {name.partition(".")[0] for name in found} & {*TRAIN}, path
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("captioner", "numpy tyro rich PIL onnxruntime"),
+        ("captioner.errors", "numpy tyro rich PIL onnxruntime"),
+        ("captioner.config", "numpy tyro rich PIL onnxruntime"),
+        ("captioner.cli", "numpy tyro rich PIL onnxruntime"),
+        ("captioner.model", "tyro rich onnxruntime"),
+        ("captioner.bulk.pipeline", "tyro rich"),
+        ("captioner.cli.caption", "numpy rich PIL onnxruntime"),
+        ("captioner.evaluation", "tyro rich onnxruntime"),
+    ],
+)
+def test_libraries_are_imported_where_they_are_used(module, absent):
+    """No timed test: a start is fast because of the modules that it leaves out."""
+    code = f"import sys, {module}; print(*(name for name in '{absent} torch'.split() if name in sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
     )

@@ -1,19 +1,25 @@
-"""Caption files -> examples: which photo, where it lies, what people wrote about it, and which split it belongs to.
+"""Caption files -> examples: each photo with its path, its human captions and its split.
 
-`load` reads every format by its content and checks everything before anything is trained: photos that are not there,
-ids given twice, captions that are empty or of nobody, and photos that training and evaluation share.
+`load` recognises every format by its content and checks it before training begins: it finds photos that are missing,
+ids that are given twice, captions that are empty or of no photo, and photos that training and evaluation share.
+`load_dataset` does the same for settings.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
+import logging
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
 
+from captioner.config import DataConfig
+from captioner.datasets import shapes
 from captioner.datasets.formats import (
     Found,
     ImageId,
@@ -24,7 +30,9 @@ from captioner.datasets.formats import (
     named,
     read,
 )
-from captioner.errors import AnnotationError
+from captioner.errors import AnnotationError, printable
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,8 +68,27 @@ class Annotations:
         return chosen
 
 
+def load_dataset(config: DataConfig) -> Annotations:
+    """Load the data set that settings name, and log its problems. The generated one is drawn where it is missing.
+
+    Raises:
+        AnnotationError: see `load`.
+    """
+    if config.data == shapes.FOLDER:
+        shapes.generate(config.data)
+    captions = load(
+        config.data,
+        images=config.images,
+        restval=config.restval,
+        on_problem=config.on_problem,
+        val_share=config.val_share,
+    )
+    log.info("%s: %s", printable(captions.name), captions.problems.report())
+    return captions
+
+
 def load(
-    data: Path,
+    data: Path | str,
     *,
     images: Path | None = None,
     restval: Literal["train", "exclude"] = "train",
@@ -75,11 +102,12 @@ def load(
         data: A caption file, or a folder in a layout that data/README.md shows: COCO captions (2014, 2017), a Karpathy
             split (`dataset_*.json`), Flickr8k, or CSV or JSON lines with `image` and `caption`.
         images: The folder of the photos; where not given, the usual places beside the caption file are searched.
-        restval: What becomes of the photos that a Karpathy split marks so: of training, as is usual, or left out.
-        on_problem: Whether a problem is an error, or what it concerns is left out (see `Problems.report`).
+        restval: Whether the photos that a Karpathy split marks "restval" are of training, as is usual, or left out.
+        on_problem: Whether a problem is an error, or the photos and captions concerned are left out (see
+            `Problems.report`).
         val_share: The share of photos that goes to validation where the files name no splits, 0 to 1; at least one.
             A photo's name alone chooses it, so that adding photos moves none of the others.
-        check_images: Whether to look that each photo is there (its contents are not read).
+        check_images: Whether to look for each photo's file (which is not opened); else no folder of photos is read.
 
     Raises:
         AnnotationError: A file cannot be read, is of no known kind, or has problems; one line that counts them all.
@@ -98,8 +126,8 @@ def load(
         names.append(name)
         photos += photos_read
     _share_out(photos, val_share)
-    missing = _locate(photos, found)
-    kept = [p for p in _without_repeats(photos, found) if not (check_images and id(p) in missing)]
+    missing = _locate(photos, found) if check_images else _suppose(photos)
+    kept = [p for p in _without_repeats(photos, found) if id(p) not in missing]
     examples = []
     for photo in kept:
         if photo.captions:
@@ -109,8 +137,6 @@ def load(
             found.add("photos without a caption", photo.file)
         for _ in range(len(photo.captions) - len(set(photo.captions))):
             found.add("captions given twice for one photo", photo.file)
-    if not check_images:
-        found.counts.pop("missing photos", None)
     problems = found.problems()
     serious = [problem for problem in problems.found if problem.serious]
     if serious and (on_problem == "error" or not examples):
@@ -120,8 +146,18 @@ def load(
             remedy = f"give the folder of the photos with --images DIR, {remedy}"
         raise AnnotationError(f"{named(source)}: {wrong}; {remedy}")
     if not examples:
-        raise AnnotationError(f"{named(source)}: holds no photo with a caption ({problems.summary()})")
+        raise AnnotationError(
+            f"{named(source)}: holds no photo with a caption ({problems.summary()}); give a file that has some"
+        )
     return Annotations(_folder_name(names[0]), source, tuple(examples), problems)
+
+
+def captions_sha256(examples: Sequence[Example]) -> str:
+    """SHA-256 of the photos' ids, captions and splits; a training run goes on only with those that it began with."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example.image_id, example.split, *example.captions]).encode())
+    return digest.hexdigest()
 
 
 # Checking ----------------------------------------------------------------------------------------------------------
@@ -141,9 +177,17 @@ def _share_out(photos: list[Photo], val_share: float) -> None:
         photo.split = "val" if val else "train"
 
 
+def _suppose(photos: list[Photo]) -> set[int]:
+    """Set the path of every photo to the likeliest one, without a look at the disk; none counts as missing."""
+    for photo in photos:
+        photo.path = Path(photo.folders[0], photo.file)
+    return set()
+
+
 def _locate(photos: list[Photo], found: Found) -> set[int]:
     """Set the path of every photo, and return the `id()` of those that are in none of their folders."""
-    listings: dict[tuple[str, str], set[str]] = {}  # each folder is listed once: a look per photo takes minutes on NFS
+    # Each folder is listed once, since asking for every photo by itself takes minutes on a network disk.
+    listings: dict[tuple[str, str], set[str]] = {}
 
     def listing(folder: str, below: str) -> set[str]:
         if (folder, below) not in listings:
@@ -153,7 +197,7 @@ def _locate(photos: list[Photo], found: Found) -> set[int]:
         return listings[folder, below]
 
     missing: set[int] = set()
-    looked: dict[tuple[str, str], None] = {}  # where, in order and once each
+    looked: dict[tuple[str, str], None] = {}  # folders that were searched for missing photos, each once, in order
     for photo in photos:
         below, _, name = photo.file.rpartition("/")
         folder = next((folder for folder in photo.folders if name in listing(folder, below)), None)
@@ -163,10 +207,17 @@ def _locate(photos: list[Photo], found: Found) -> set[int]:
             found.add("missing photos", photo.file)
             looked.update(dict.fromkeys((folder, below) for folder in photo.folders))
     if missing:
-        # Where some were found, the folders that are not there at all would only distract.
-        tried = [path for path in (Path(*each) for each in looked) if len(missing) == len(photos) or path.is_dir()]
+        # Where some photos were found, folders that do not exist would only distract in the message.
+        tried = [path for path in (Path(*each) for each in looked) if len(missing) == len(photos) or _is_folder(path)]
         found.detail["missing photos"] = f"; looked in {named(tried[:8])}"
     return missing
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # a name that is too long, or holds a NUL
+        return False
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:

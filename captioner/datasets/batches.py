@@ -1,9 +1,8 @@
 """Captions and features (or photos) -> batches.
 
-All captions of a split are one flat array of ids in memory; features stay on disk, mapped; photos are decoded when they
-are needed, where the encoder learns too. The order of an epoch is a
-function of the seed and the epoch's number alone, so a resumed run sees what an uninterrupted one would have seen, on
-any number of processes.
+All captions of a split are one flat array of ids in memory. Features stay on disk and are mapped into memory; photos,
+which are needed where the encoder learns too, are decoded batch by batch. The seed and the number of an epoch alone
+decide its order, so a resumed run sees the same batches as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from torch import Tensor
 from captioner.datasets.annotations import Example
 from captioner.vocabulary import Vocabulary
 
-#: Captions are sorted by length within this many batches: little padding, and still a new mixture every epoch.
+#: Captions are sorted by length within this many batches: that leaves little padding, and mixes them anew each epoch.
 _SORTED_TOGETHER = 32
 
 
 class Source(Protocol):
-    """What the photos of a data set are read from: rows of features, or photos that are decoded (`images.Photos`)."""
+    """The photos of a data set by number: rows of features, or pixels that are decoded on demand (`images.Photos`)."""
 
     def __getitem__(self, rows: npt.NDArray[np.int64], /) -> npt.NDArray[Any]:
         """Features `(rows, 4096)`, or pixels `(rows, 3, height, width)`."""
@@ -37,29 +36,29 @@ class Batch:
     """Captions with their photos."""
 
     photos: Float[Tensor, "photos 4096"] | UInt8[Tensor, "photos 3 height width"]  # features or pixels, each photo once
-    rows: Int[Tensor, " photos"]  # where the photos stand in the source
+    rows: Int[Tensor, " photos"]  # number of each photo in the source
     photo: Int[Tensor, " batch"]  # number of each caption's photo in `photos`
     tokens: Int[Tensor, "batch time"]  # [start] ... [end] [pad] ...
     lengths: Int[Tensor, " batch"]  # tokens of each caption, [start] and [end] included
 
     @property
     def inputs(self) -> Int[Tensor, "batch before"]:
-        """What the decoder reads: everything but the last token, `(batch, time - 1)`."""
+        """The tokens that the decoder reads: all but the last, `(batch, time - 1)`."""
         return self.tokens[:, :-1]
 
     @property
     def keep(self) -> Bool[Tensor, "batch before"]:
-        """Positions of `inputs` that a real token follows, `(batch, time - 1)`."""
+        """Whether a real token follows each position of `inputs`, `(batch, time - 1)`."""
         positions = torch.arange(self.tokens.shape[1] - 1, device=self.tokens.device)
         return positions < (self.lengths - 1)[:, None]
 
     @property
     def targets(self) -> Int[Tensor, " words"]:
-        """The tokens that follow, of the positions kept, in their order."""
+        """The tokens to be predicted: those that follow the positions in `keep`, in their order."""
         return self.tokens[:, 1:][self.keep]
 
     def to(self, device: torch.device) -> Batch:
-        """The same on another device."""
+        """The batch on another device."""
         return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
@@ -101,7 +100,7 @@ class CaptionDataset:
         lengths = self.lengths[captions]
         positions = np.arange(lengths.max())
         real = positions < lengths[:, None]
-        # (batch, time): where each token stands in the flat array; padding reads position 0 and is replaced
+        # (batch, time): position of each token in the flat array; padding reads position 0 and is replaced
         where = np.where(real, self._starts[captions][:, None] + positions, 0)
         tokens = np.where(real, self._tokens[where], self._pad).astype(np.int64)
         rows, photo = np.unique(self._rows[captions], return_inverse=True)
@@ -115,7 +114,15 @@ class CaptionDataset:
         )
 
     def epoch(
-        self, number: int, *, batch_size: int, seed: int, rank: int = 0, processes: int = 1, by_photo: bool = False
+        self,
+        number: int,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        processes: int = 1,
+        by_photo: bool = False,
+        first: int = 0,
     ) -> Iterator[Batch]:
         """All captions in a new order: in batches of about equal length, or photo by photo.
 
@@ -124,19 +131,20 @@ class CaptionDataset:
             batch_size: captions a batch and process. The last batches of an epoch may be smaller.
             seed: of the run.
             rank: number of this process.
-            processes: how many share the epoch. Each gets the same number of batches.
-            by_photo: keep the captions of a photo together, so that it is looked at once an epoch. That pays when the
-                encoder learns; when it does not, sorting by length saves more.
+            processes: number of processes that share the epoch. Each gets the same number of batches.
+            by_photo: keep the captions of a photo together, so that the encoder computes its features once an epoch.
+                That pays when the encoder learns; when it does not, sorting by length saves more.
+            first: batches to leave out at the beginning: a run that was stopped has had them.
         """
         random = np.random.default_rng((seed, number))
         size = batch_size * processes
         order = self._by_photo(random) if by_photo else self._by_length(random, size * _SORTED_TOGETHER)
         # A step's captions, of all processes, are neighbours, so that no process waits for one with longer captions.
         steps = [order[start : start + size] for start in range(0, len(order), size)]
-        for index in random.permutation(len(steps)):
+        for index in random.permutation(len(steps))[first:]:
             step = steps[index]
             share = np.array_split(step, processes)[rank] if by_photo else step[rank::processes]
-            # When captions do not go round, the last processes repeat one: all must take part in every step.
+            # Where a step has fewer captions than processes, the last processes repeat one: all take part in a step.
             yield self.batch(share if len(share) else step[:1])
 
     def steps(self, batch_size: int, processes: int = 1) -> int:

@@ -1,9 +1,9 @@
-"""The store of 4096-number vectors on disk.
+"""The feature store: a folder that keeps the 4096 numbers of each photo, so that the CNN sees a photo only once.
 
-A folder with three files: `features.f16` (rows of 4096 half-precision numbers, nothing else), `rows.jsonl` (a line a
-row: the photo's id and its size in bytes) and `stamp.json` (what made them). Rows are appended features first, so a
-process that is killed leaves at worst features without a line, which the next one cuts off; nothing is computed twice.
-Reading maps the file into memory: 123,287 photos are 1.01 GB on disk and cost no RAM.
+The folder has three files: `features.f16` (rows of 4096 half-precision numbers, nothing else), `rows.jsonl` (for each
+row, a line with the photo's id and its size in bytes) and `stamp.json` (the encoder that made the features). The
+features of a row are written before its line, so a process that is killed leaves at worst features without a line,
+which the next process cuts off. Reading maps the file into memory: 123,287 photos are 1.01 GB on disk and need no RAM.
 """
 
 from __future__ import annotations
@@ -12,29 +12,48 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
 from captioner import files, images
-from captioner.config import FEATURE_SIZE
+from captioner.config import FEATURE_SIZE, EncoderConfig
 from captioner.datasets.annotations import Annotations, Example
 from captioner.datasets.formats import ImageId
 from captioner.errors import FeatureStoreError, ImageError
-from captioner.networks.encoder import Encoder
+from captioner.progress import Progress
+
+log = logging.getLogger(__name__)
 
 _ROW_BYTES = 2 * FEATURE_SIZE
 
 
+class PhotoEncoder(Protocol):
+    """A CNN as the store needs it, `networks.encoder.Encoder` for one."""
+
+    @property
+    def config(self) -> EncoderConfig:
+        """Name of the network, and the size of its photos."""
+
+    @property
+    def weights_sha256(self) -> str:
+        """Identifies the weights."""
+
+    def features(self, photos: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Features `(batch, 4096)` of photos `(batch, 3, height, width)`, RGB, 0 to 255."""
+
+
 @dataclass(frozen=True)
 class Stamp:
-    """What made the features. Stores with different stamps are never mixed."""
+    """The encoder that made the features. Features with different stamps are never mixed."""
 
     encoder: str  # name of the network
     weights_sha256: str  # of its weights, see `weights.fingerprint`
@@ -44,8 +63,8 @@ class Stamp:
     dtype: str = "float16"
 
     @classmethod
-    def of(cls, encoder: Encoder) -> Stamp:
-        """The stamp of what an encoder computes."""
+    def of(cls, encoder: PhotoEncoder) -> Stamp:
+        """The stamp of the features that an encoder computes."""
         config = encoder.config
         return cls(config.name, encoder.weights_sha256, config.image_size, images.PREPROCESSING)
 
@@ -57,7 +76,7 @@ class FeatureStore:
         """Open a store, or start one.
 
         Raises:
-            FeatureStoreError: the folder holds features that something else made; the message says what differs.
+            FeatureStoreError: the folder holds features with another stamp; the message says how they differ.
         """
         self.folder = folder
         self.stamp = stamp
@@ -89,7 +108,7 @@ class FeatureStore:
         return np.memmap(self._data, np.float16, mode="r", shape=(len(self._rows), FEATURE_SIZE))
 
     def size_of(self, image_id: ImageId) -> int:
-        """Size of the photo's file when it was encoded, in bytes: tells whether it is still the same photo."""
+        """Size of the photo's file when it was encoded, in bytes; if the file has another size now, it has changed."""
         return self._rows[image_id][1]
 
     def writer(self) -> _Writer:
@@ -166,7 +185,7 @@ class _Writer:
         except OSError as error:
             raise self._unwritable(error) from None
         try:
-            store._read_rows()  # what another process added in the meantime
+            store._read_rows()  # another process may have added rows in the meantime
             for path in (store._data, store._index):
                 path.touch()
             self._cut()
@@ -183,7 +202,7 @@ class _Writer:
         self._lock.release()
 
     def _cut(self) -> None:
-        """Cut off what is half-written: by a process that was killed, or by a write that failed."""
+        """Cut off rows that are half-written, by a process that was killed or by a write that failed."""
         os.truncate(self._store._data, len(self._store._rows) * _ROW_BYTES)
         os.truncate(self._store._index, self._store._index_bytes)
 
@@ -198,7 +217,7 @@ class _Writer:
 
         Args:
             photos: id and size of the file in bytes, a photo each; none of them is in the store yet.
-            features: `(photos, 4096)`; numbers too large for half precision become its largest.
+            features: `(photos, 4096)`; a number too large for half precision becomes the largest that fits.
 
         Raises:
             FeatureStoreError: the disk is full. The rows that were there before stay.
@@ -227,7 +246,7 @@ class _Writer:
 
 def add_photos(
     store: FeatureStore,
-    encoder: Encoder,
+    encoder: PhotoEncoder,
     examples: Sequence[Example],
     *,
     batch_size: int = 64,
@@ -236,11 +255,11 @@ def add_photos(
     """Compute and store the features of photos that the store does not hold yet.
 
     Args:
-        store: what to add to; its stamp is that of the encoder.
-        encoder: computes the features, on the device where it is.
+        store: the store to add to; its stamp is that of the encoder.
+        encoder: computes the features.
         examples: the photos.
         batch_size: photos that are encoded together.
-        progress: is told how many of the photos to compute are done, and how many there are.
+        progress: called with the number of photos that are done, and the number of those to do.
 
     Returns:
         The photos that could not be decoded, with their reasons. They are not in the store.
@@ -267,7 +286,7 @@ def add_photos(
         for batch in images.stream([example.path for example in wanted], encoder.config.image_size, batch_size):
             failures |= {wanted[index].image_id: error for index, error in batch.failures.items()}
             if batch.indices:
-                vectors = encoder(batch.pixels.to(encoder.mean.device)).float().cpu().numpy()
+                vectors = encoder.features(np.asarray(batch.pixels))
                 ids = [wanted[index].image_id for index in batch.indices]
                 writer.append([(image_id, sizes[image_id] or 0) for image_id in ids], vectors)
             done += len(batch.indices) + len(batch.failures)
@@ -278,12 +297,45 @@ def add_photos(
 def _size(path: Path) -> int | None:
     try:
         return path.stat().st_size
-    except OSError:  # gone meanwhile: decoding will say so, if its features are not stored already
+    except OSError:  # the file has gone: decoding reports it, unless its features are in the store
         return None
 
 
+def stored_features(
+    annotations: Annotations,
+    examples: Sequence[Example],
+    encoder: PhotoEncoder,
+    folder: Path | None = None,
+    *,
+    shown: bool = True,
+) -> tuple[FeatureStore, dict[ImageId, ImageError]]:
+    """Open the store of a data set, after the features that it lacks have been computed and added.
+
+    Args:
+        annotations: the data set.
+        examples: its photos whose features are wanted.
+        encoder: computes the features.
+        folder: of the store; by default one in `~/.cache/captioner` for each set of photos and encoder.
+        shown: whether to draw a progress bar.
+
+    Returns:
+        The store, and the photos that could not be decoded, with the reasons.
+
+    Raises:
+        FeatureStoreError: the folder holds other features, or cannot be written.
+    """
+    stamp = Stamp.of(encoder)
+    store = FeatureStore(folder or default_folder(annotations, stamp), stamp)
+    log.info("features of %s are kept in %s", stamp.encoder, store.folder)
+    with Progress("features", 0, "photos", shown=shown) as progress:
+        failures = add_photos(store, encoder, examples, progress=progress.set)
+    for error in failures.values():
+        log.warning("left out: %s", error)
+    return store, failures
+
+
 def default_folder(annotations: Annotations, stamp: Stamp) -> Path:
-    """Where the features of a data set are kept if nothing else is said: one folder a set of photos and encoder."""
+    """The folder of a data set's features where none is given: one for each set of photos and encoder."""
     photos = sorted({str(example.path.parent) for example in annotations.examples})
     place = hashlib.sha256(json.dumps([photos, dataclasses.asdict(stamp)]).encode()).hexdigest()[:8]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -1,26 +1,26 @@
-"""Caption files -> photos with captions, as the files have them, and what is odd about them.
+"""Caption files -> photos with captions, as the files have them, and a count of the problems in them.
 
 Every format is recognised by its content: official COCO captions, Karpathy splits, `Flickr8k.token.txt`, CSV and JSON
-lines. What is read here is checked in `annotations`.
+lines. `annotations` checks the photos and captions that are read here.
 """
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from captioner.errors import AnnotationError
+from captioner.errors import AnnotationError, printable
 
 Split = Literal["train", "val", "test"]
 
-# What counts as a problem, and what is done about it with on_problem="skip".
+# Kind of problem -> how it is dealt with under on_problem="skip".
 PROBLEMS = {
     "missing photos": "left out",
     "photos in two splits": "left out of training, kept for evaluation",
@@ -30,13 +30,14 @@ PROBLEMS = {
     "empty captions": "left out",
     "captions with half a character": "left out",  # a lone surrogate, as where a JSON text was cut inside an emoji
 }
-# What is worth knowing but stops nothing: both Flickr8k and COCO, as published, have some of these.
+# Kinds that are reported but stop nothing: both Flickr8k and COCO, as published, have some of these.
 _NOTES = {
     "photos without a caption": "left out",
     "photos in no split list": "left out",
     "captions given twice for one photo": "kept",
 }
 _SAMPLES = 3  # names kept of each kind of problem
+_LONGEST = 200  # characters of such a name
 
 #: How a caption file names a photo.
 ImageId = int | str
@@ -45,6 +46,7 @@ _WORDS: dict[str, Split] = {"train": "train", "val": "val", "test": "test"}
 _WORDS |= {"valid": "val", "validation": "val", "dev": "val"}
 _COCO_NAME = re.compile(r"captions_(train|val|test)(\d*)\.json")
 _TOKEN_LINE = re.compile(r"([^\t#]+)#\d+\t(.*)")  # of Flickr8k.token.txt: "name.jpg#0<tab>caption"
+_LINE_END = re.compile(r"\r\n?|\n")  # not str.splitlines: U+2028 may stand inside a JSON string
 _CAPTION_FOLDERS = ("annotations", "Flickr8k_text")  # inside a data set's own folder, beside those of its photos
 _FLICKR_FOLDERS = ("Flicker8k_Dataset", "Flickr8k_Dataset", "Flicker8k_photos", "flickr30k-images", "flickr30k_images")
 
@@ -56,7 +58,7 @@ class Problem:
     kind: str
     count: int
     samples: tuple[str, ...]  # the first few, by name
-    detail: str = ""  # where was looked, for photos that are missing
+    detail: str = ""  # of photos that are missing: the folders that were searched
 
     @property
     def serious(self) -> bool:
@@ -66,7 +68,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Problems:
-    """Everything that was found wrong, or odd, in caption files."""
+    """All problems of a data set's caption files, by kind."""
 
     found: tuple[Problem, ...] = ()
 
@@ -82,7 +84,7 @@ class Problems:
         return "; ".join(f"{problem.kind}: {problem.count:,}" for problem in self.found) or "no problems"
 
     def report(self) -> str:
-        """One line for each kind: the count, some names, and what was done."""
+        """One line for each kind: the count, some names, and how it was dealt with."""
         lines = []
         for problem in self.found:
             done = {**PROBLEMS, **_NOTES}[problem.kind]
@@ -116,7 +118,7 @@ class Found:
         """Count a problem of a kind."""
         self.counts[kind] = self.counts.get(kind, 0) + 1
         if self.counts[kind] <= _SAMPLES:
-            self.samples.setdefault(kind, []).append(str(sample))
+            self.samples.setdefault(kind, []).append(printable(sample)[:_LONGEST])
 
     def caption(self, text: str | None, whose: object, into: list[str]) -> None:
         """Add a caption to a photo's list, unless it is empty or no text that could be saved."""
@@ -129,7 +131,7 @@ class Found:
             into.append(stripped)
 
     def problems(self) -> Problems:
-        """What was counted, the serious kinds first."""
+        """The problems that were counted, the serious kinds first."""
         kinds = [kind for kind in (*PROBLEMS, *_NOTES) if kind in self.counts]
         return Problems(
             tuple(Problem(k, self.counts[k], tuple(self.samples[k]), self.detail.get(k, "")) for k in kinds)
@@ -141,11 +143,21 @@ class Found:
 
 def locate_files(data: Path, images: Path | None) -> tuple[Path, ...]:
     """Return the caption files of a folder in a known layout, or the one file given."""
+    try:
+        return _caption_files(data, images)
+    except OSError as error:  # a name that is too long, or a folder that may not be entered
+        raise AnnotationError(
+            f"{error.filename or data}: cannot be looked at ({error.strerror}); give a caption file or a folder that "
+            "may be read"
+        ) from None
+
+
+def _caption_files(data: Path, images: Path | None) -> tuple[Path, ...]:
     if data.is_file():
         return (data,)
     if not data.is_dir():
-        prepare = f"make it with `python data/prepare.py {data.name} --folder {data}` (see data/README.md), or "
-        remedy = prepare if data.name in ("coco", "flickr8k") else ""
+        command = f"make it with `python data/prepare.py {data.name} --folder {data}` (see data/README.md), or "
+        remedy = command if data.name in ("coco", "flickr8k") else ""
         raise AnnotationError(f"{data}: is not there; {remedy}give a caption file or the folder of a data set")
     places = [place for place in (data, *(data / name for name in _CAPTION_FOLDERS)) if place.is_dir()]
     there = sorted(path for place in places for path in place.iterdir() if path.is_file())
@@ -198,8 +210,7 @@ def read(path: Path, images: Path | None, restval: str, found: Found, *, alone: 
     text = _text(path)
     split = _split_in(path)
     if text.lstrip()[0] not in "{[":
-        first = text.lstrip().partition("\n")[0]
-        if _TOKEN_LINE.fullmatch(first.rstrip("\r")):
+        if _TOKEN_LINE.fullmatch(_first_line(text.lstrip())):
             return "flickr8k", _read_flickr8k(path, text, images, found)
         rows = _csv_rows(path, text)
     else:
@@ -209,12 +220,13 @@ def read(path: Path, images: Path | None, restval: str, found: Found, *, alone: 
             return _read_coco(path, document, split, images, found)
         entries = document.get("images") if isinstance(document, dict) else None
         if isinstance(entries, list) and entries and isinstance(entries[0], dict) and "sentences" in entries[0]:
-            name = str(document.get("dataset") or path.stem.removeprefix("dataset_"))
+            said = document.get("dataset")
+            name = said if isinstance(said, str) and said else path.stem.removeprefix("dataset_")
             return name, _read_karpathy(path, entries, restval, images, found)
         if not isinstance(document, _Lines) and not {"image", "caption"} <= keys:
-            what = f"an object with {', '.join(map(repr, document))}" if keys else f"a {type(document).__name__}"
+            held = f"an object with {', '.join(map(repr, document))}" if keys else f"a {type(document).__name__}"
             raise AnnotationError(
-                f"{path}: is JSON of no known kind ({what:.200}); expected COCO captions ('images' and 'annotations'), "
+                f"{path}: is JSON of no known kind ({held:.200}); expected COCO captions ('images' and 'annotations'), "
                 f"a Karpathy split ('images' with 'sentences'), or lines with 'image' and 'caption'"
             )
         rows = iter(document if isinstance(document, _Lines) else [(1, document)])
@@ -228,11 +240,9 @@ def _read_coco(
     path: Path, document: dict[str, Any], split: Split | None, images: Path | None, found: Found
 ) -> tuple[str, list[Photo]]:
     """Read official COCO captions, or a file of that form."""
-    from pycocotools.coco import COCO
-
     for key in ("images", "annotations"):
         if not isinstance(document[key], list):
-            raise AnnotationError(f"{path}: {key!r} is {str(document[key])[:60]!r}; expected a list")
+            raise AnnotationError(f"{path}: {key!r} is {_shown(document[key])}; expected a list")
     for index, entry in enumerate(document["images"]):
         _field(entry, "id", (int, str), path, "images", index)
         _field(entry, "file_name", (str,), path, "images", index)
@@ -244,21 +254,20 @@ def _read_coco(
     for annotation in document["annotations"]:
         if first.setdefault(annotation["id"], annotation) is not annotation:
             found.add("caption ids given twice", f"caption {annotation['id']} of image {annotation['image_id']}")
-    coco = COCO()
-    coco.dataset = {"images": document["images"], "annotations": list(first.values())}
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
-        coco.createIndex()
-    for image_id in coco.imgToAnns.keys() - coco.imgs.keys():
-        for annotation in coco.imgToAnns[image_id]:
+    of_image: dict[int | str, list[dict[str, Any]]] = defaultdict(list)
+    for annotation in first.values():
+        of_image[annotation["image_id"]].append(annotation)
+    for image_id in of_image.keys() - {entry["id"] for entry in document["images"]}:
+        for annotation in of_image[image_id]:
             found.add("captions for an unknown image", f"caption {annotation['id']} of image {image_id}")
     official = _COCO_NAME.fullmatch(path.name)
     year = official[2] if official else ""
     names = (f"{split}{year}", f"images/{split}{year}") if split else ()
     folders = _photo_folders(path, images, names)
     photos = []
-    for entry in document["images"]:  # and not coco.imgs, which hides an id that is there twice
+    for entry in document["images"]:
         captions: list[str] = []
-        for annotation in coco.imgToAnns.get(entry["id"], []):
+        for annotation in of_image.get(entry["id"], []):
             found.caption(annotation["caption"], f"image {entry['id']}", captions)
         photos.append(Photo(entry["id"], entry["file_name"], captions, split, folders))
     return (f"coco{year}" if official and year else path.stem), photos
@@ -280,19 +289,18 @@ def _read_karpathy(path: Path, entries: list[Any], restval: str, images: Path | 
                 _field(sentence, "raw", (str, type(None)), path, "sentences of images", index), file, captions
             )
         image_id = _field(entry, "cocoid" if "cocoid" in entry else "imgid", (int, str), path, "images", index)
-        photos.append(
-            Photo(image_id, f"{entry.get('filepath') or '.'}/{file}".removeprefix("./"), captions, split, folders)
-        )
+        below = _field(entry, "filepath", (str, type(None)), path, "images", index) if "filepath" in entry else None
+        photos.append(Photo(image_id, f"{below or '.'}/{file}".removeprefix("./"), captions, split, folders))
     return photos
 
 
 def _read_flickr8k(path: Path, text: str, images: Path | None, found: Found) -> list[Photo]:
     """Read Flickr8k.token.txt and the lists of photos of each split that lie beside it."""
     captions: dict[str, list[str]] = {}
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(_LINE_END.split(text), 1):
         if not line.strip():
             continue
-        match = _TOKEN_LINE.fullmatch(line.rstrip("\r"))
+        match = _TOKEN_LINE.fullmatch(line)
         if match is None:
             raise AnnotationError(f"{path}: line {number} is {line[:60]!r}; expected 'NAME.jpg#0<tab>a caption'")
         found.caption(match[2], match[1], captions.setdefault(match[1], []))
@@ -339,9 +347,9 @@ def _read_rows(
 
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield the line number and the columns of each row of a CSV file with a header."""
-    header = text.partition("\n")[0].rstrip("\r")
+    header = _first_line(text)
     for delimiter in ",\t;":
-        columns = [column.strip().lower() for column in next(csv.reader([header], delimiter=delimiter), [])]
+        columns = [column.strip().lower() for column in _cells(header, delimiter)]
         if {"image", "caption"} <= set(columns):
             break
     else:
@@ -368,6 +376,18 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
         ) from None
 
 
+def _cells(line: str, delimiter: str) -> list[str]:
+    """The columns of a line of CSV; none where it is no CSV."""
+    try:
+        return next(csv.reader([line], delimiter=delimiter), [])
+    except csv.Error:  # longer than a field may be, say
+        return []
+
+
+def _first_line(text: str) -> str:
+    return _LINE_END.split(text, 1)[0]
+
+
 class _Lines(list[tuple[int, Any]]):
     """The documents of a file with one JSON document in each line, with the number of each line."""
 
@@ -375,24 +395,39 @@ class _Lines(list[tuple[int, Any]]):
 def _json(path: Path, text: str) -> Any:
     """Parse JSON, or JSON lines (then a `_Lines`)."""
     try:
-        return json.loads(text)
-    except RecursionError:
-        raise AnnotationError(f"{path}: is nested too deep to be a caption file") from None
+        return _parsed(text, str(path))
     except json.JSONDecodeError as error:
-        if error.msg != "Extra data" or "\n" in text[: error.pos].strip():
+        if error.msg != "Extra data" or _LINE_END.search(text[: error.pos].strip()):
             cut = error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated")
             why = "ends in the middle; download or write it again" if cut else f"is not JSON ({error.msg})"
             raise AnnotationError(f"{path}: {why}: line {error.lineno}, column {error.colno}") from None
     lines = _Lines()
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may stand inside a JSON string
+    for number, line in enumerate(_LINE_END.split(text), 1):
         if line.strip():
             try:
-                lines.append((number, json.loads(line)))
+                lines.append((number, _parsed(line, f"{path}: line {number}")))
             except json.JSONDecodeError as error:
                 raise AnnotationError(
                     f"{path}: line {number}, column {error.colno} is not JSON ({error.msg}); expected one object a line"
                 ) from None
     return lines
+
+
+def _parsed(text: str, where: str) -> Any:
+    """Parse one JSON document.
+
+    Raises:
+        json.JSONDecodeError: it is not JSON.
+        AnnotationError: it is, but no caption file holds such a document.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise AnnotationError(f"{where}: is nested too deep to be a caption file; give another file") from None
+    except ValueError:  # a number of thousands of digits, which Python does not convert
+        raise AnnotationError(f"{where}: holds a number with too many digits; give another file") from None
 
 
 def _text(path: Path) -> str:
@@ -427,13 +462,21 @@ def _field(entry: Any, key: str, kinds: tuple[type, ...], path: Path, where: str
         raise AnnotationError(
             f"{path}: {place} has no {key!r} but {', '.join(map(repr, entry)):.200}; expected {expected}"
         )
-    what, value = (f"{key!r} of {place}", entry[key]) if isinstance(entry, dict) else (place, entry)
-    raise AnnotationError(f"{path}: {what} is {str(value)[:60]!r}; expected {expected}")
+    subject, value = (f"{key!r} of {place}", entry[key]) if isinstance(entry, dict) else (place, entry)
+    raise AnnotationError(f"{path}: {subject} is {_shown(value)}; expected {expected}")
+
+
+def _shown(value: Any) -> str:
+    """The beginning of a value, for a message."""
+    try:
+        return repr(str(value)[:60])
+    except RecursionError:
+        return f"a {type(value).__name__} that is nested deep"
 
 
 def _split(said: str, where: str) -> Split:
     if said.strip().lower() not in _WORDS:
-        raise AnnotationError(f"{where} has the split {said!r}; expected one of {', '.join(_WORDS)}")
+        raise AnnotationError(f"{where} has the split {_shown(said)}; expected one of {', '.join(_WORDS)}")
     return _WORDS[said.strip().lower()]
 
 

@@ -1,10 +1,9 @@
 """A small generated data set: two coloured shapes in a relation, with captions that are exactly true.
 
-It exists so that training can be tried from nothing, without a download, in minutes, and so that a test can ask the
-question that matters of an image captioner: does it describe combinations that it has never seen? A *combination* is
-two coloured shapes and how they stand to each other ("a red circle above a blue square", which is the same one as "a
-blue square below a red circle"). Those in validation never occur in training, although every word and every coloured
-shape does.
+With it, training can be tried without a download, in minutes, and a test can ask whether a model describes
+combinations that it has never seen. A *combination* is two coloured shapes and their relation ("a red circle above a
+blue square", which is the same combination as "a blue square below a red circle"). Combinations of validation never
+occur in training, although every word and every coloured shape does.
 """
 
 import io
@@ -22,6 +21,8 @@ from PIL import Image, ImageDraw
 
 from captioner import files
 from captioner.errors import AnnotationError
+
+FOLDER = Path("data/shapes")  # of the preset; it is drawn where it is missing
 
 COLOURS = {  # RGB; far enough apart that the jitter of COLOUR_JITTER cannot turn one into another
     "red": (214, 40, 40),
@@ -56,7 +57,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: `first` stands in `relation` (a key of `INVERSE`) to `second`."""
+    """The contents of a picture: `first` stands in `relation` (a key of `INVERSE`) to `second`."""
 
     first: Thing
     second: Thing
@@ -104,7 +105,7 @@ def scenes(*, train: int, val: int, seed: int = 0) -> Iterator[tuple[str, Scene]
     rng = random.Random(f"{seed} scenes")
     for split, count, choices in zip(("train", "val"), (train, val), combinations(seed), strict=True):
         for one, two, relation in itertools.islice(itertools.cycle(choices), count):
-            # What is inside is small and what is around it large; elsewhere any size goes with any other.
+            # The shape inside is small and the one around it large; elsewhere any size goes with any other.
             sizes = ("small", "large") if relation == "inside" else (rng.choice(list(RADIUS)), rng.choice(list(RADIUS)))
             yield split, Scene(one, two, relation, *sizes)
 
@@ -116,7 +117,7 @@ def draw(scene: Scene, *, size: int, seed: str) -> Image.Image:
     canvas = Image.fromarray(_background(rng, size), "RGB").resize((side, side), Image.Resampling.BILINEAR)
     pen = ImageDraw.Draw(canvas)
     placed = _place(scene, rng)
-    # The second shape first: what is inside must lie on top of what is around it.
+    # The second shape is drawn first, so that a shape inside lies on top of the one around it.
     for thing, (x, y, radius) in ((scene.second, placed[1]), (scene.first, placed[0])):
         colour = tuple(
             min(255, max(0, channel + rng.randint(-COLOUR_JITTER, COLOUR_JITTER))) for channel in COLOURS[thing.colour]
@@ -188,7 +189,7 @@ def _background(rng: random.Random, size: int) -> npt.NDArray[np.uint8]:
     """Return a pale colour that fades across the picture, with a little noise: (size, size, 3), 0 to 255."""
     corners = np.array([rng.uniform(185, 250) for _ in range(12)]).reshape(2, 2, 3)  # (top/bottom, left/right, RGB)
     grey = corners.mean(axis=-1, keepdims=True)
-    corners = grey + 0.4 * (corners - grey)  # washed out: a shape must never have the colour of what is behind it
+    corners = grey + 0.4 * (corners - grey)  # washed out, so that no shape has the colour of its background
     ends = np.linspace([1.0, 0.0], [0.0, 1.0], size)  # (size, 2): how much of either end is in each row or column
     fade = ends @ np.tensordot(ends, corners, 1)  # first down the two sides, then across: (size, size, 3)
     noise = np.random.default_rng(rng.getrandbits(64)).normal(0, 3, (size, size, 1))

@@ -1,7 +1,7 @@
-"""What captions must not have, and what they must.
+"""Words that captions must not have, and words that they must have.
 
-Forbidden is simple: those words get probability 0. Required is a search of its own: a finite automaton knows how far
-every caption has come, and captions compete only with those that have as much still to write.
+Words that are ruled out get probability 0. Required words need a search of their own: a finite automaton knows how
+many words each caption still needs, and captions compete only with those that need as many.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from functools import lru_cache
 from itertools import product
 from typing import Protocol, runtime_checkable
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+import numpy as np
 
 from captioner.config import DecodingOptions
-from captioner.decoding.beam import Beams, Choice, Outlook, among_best
+from captioner.decoding.beam import Beams, Candidates, Choice, Policy, among_best
+from captioner.decoding.step import Floats, Integers, State, StepModel, largest
 from captioner.errors import CaptionerError
 
 _MOST_STATES = 4096
@@ -66,54 +65,83 @@ def forbidden_ids(special: SpecialTokens, options: DecodingOptions) -> set[int]:
     return found
 
 
-class Bans:
-    """Words that may not come next get probability 0, a surprisal of inf; the other probabilities stay as they are."""
+class Rules:
+    """Asks a model for words, without those that may not come; the probabilities of the others stay as they are."""
 
-    def __init__(self, options: DecodingOptions, special: SpecialTokens, searches: int, device: torch.device) -> None:
-        """Look up what is forbidden.
+    def __init__(self, options: DecodingOptions, special: SpecialTokens, policy: Policy, size: int) -> None:
+        """Look up the words that may not come.
 
         Args:
             options: `forbidden_words`, `min_words`, `no_repeat_ngram`.
             special: the vocabulary. `[pad]`, `[start]` and `[unk]` are never written.
-            searches: how many there are.
-            device: where they run.
+            policy: the words that it names are not among the others.
+            size: of the vocabulary.
 
         Raises:
             CaptionerError: a forbidden word is not one word.
         """
         never = {special.pad, special.start, special.unk} | forbidden_ids(special, options)
-        self._never = torch.tensor(sorted(never), device=device)
-        self._end = special.end
+        others = never.union(policy.named.tolist())
+        #: Added to log-probabilities; a caption that is too short for `min_words` may not end.
+        self._late: Floats = np.zeros(size, np.float32)
+        self._late[sorted(others)] = -np.inf
+        self._early = self._late.copy()
+        self._early[special.end] = -np.inf
+        self._named_late: Floats = np.zeros(len(policy.named), np.float32)
+        self._named_early = np.where(policy.named == special.end, np.float32(-np.inf), self._named_late)
+        self._passed = len(others | {special.end})  # words that the model may answer with in vain
+        self._named = policy.named
+        self._all: Integers = np.arange(size)
         self._min_words = options.min_words
         self._ngram = options.no_repeat_ngram
-        self._history = torch.zeros(searches, 1, 0, dtype=torch.long, device=device)
+        self._history: Integers = np.zeros((0, 0), np.int64)  # (rows, words) where runs of words are not to repeat
 
-    def apply(self, surprisal: Float[Tensor, "rows vocabulary"], time: int, beams: Beams) -> None:
-        """Rule out what may not come next, in place."""
-        surprisal.index_fill_(1, self._never, torch.inf)
-        if time < self._min_words:
-            surprisal[:, self._end] = torch.inf
-        if 0 < self._ngram <= time:
-            self._apply_ngram(surprisal, beams)
+    def ask(
+        self, model: StepModel, tokens: Integers, parents: Integers, state: State, count: int | None, time: int
+    ) -> tuple[Candidates, State]:
+        """Ask for the words that may follow.
 
-    def follow(self, choice: Choice) -> None:
-        """Remember the words that were chosen, where they matter."""
-        if self._ngram:
-            parent = choice.parent[..., None].expand(-1, -1, self._history.shape[2])
-            self._history = torch.cat([self._history.gather(1, parent), choice.word[..., None]], dim=2)
+        Args:
+            model: knows their probabilities.
+            tokens: see `StepModel.step`.
+            parents: see `StepModel.step`.
+            state: see `StepModel.step`.
+            count: how many of the likeliest, beside those that the policy named; None: all.
+            time: words that each caption has.
+        """
+        row, word = self._repeats(tokens, parents, time)
+        penalty, on_named = (
+            (self._early, self._named_early) if time < self._min_words else (self._late, self._named_late)
+        )
+        if count is None:
+            logprob, state = model.step_all(tokens, parents, state)
+            logprob = np.fmax(logprob + penalty, np.float32(-np.inf))  # which also takes the place of NaN
+            logprob[row, word] = -np.inf
+            return Candidates(logprob, self._all, logprob[:, :0]), state
+        most = int(np.bincount(row).max()) if len(row) else 0
+        count = min(count + self._passed + most, len(self._all))
+        (logprob, words, named), state = model.step(tokens, parents, state, count, self._named)
+        logprob = np.fmax(logprob + penalty.take(words), np.float32(-np.inf))
+        named = np.fmax(named + on_named, np.float32(-np.inf))
+        if len(row):
+            for known, ids in ((logprob, words[row]), (named, self._named[None])):
+                pair, column = np.nonzero(ids == word[:, None])
+                known[row[pair], column] = -np.inf
+        return Candidates(logprob, words, named), state
 
-    def _apply_ngram(self, surprisal: Tensor, beams: Beams) -> None:
-        history = self._history.flatten(0, 1)[beams.rows]
-        runs = history.unfold(1, self._ngram, 1)  # (rows, starts, n)
-        latest = history[:, None, history.shape[1] - self._ngram + 1 :]
-        again = (runs[..., :-1] == latest).all(-1)  # this run began as the words just written: it may not end the same
-        repeated = runs[..., -1]
-        if surprisal.device.type == "cpu":  # which need not be waited for to know that there are few
-            row, run = again.nonzero(as_tuple=True)
-            surprisal[row, repeated[row, run]] = torch.inf
-            return
-        least = torch.where(again, torch.inf, 0.0).to(surprisal.dtype)
-        surprisal.scatter_reduce_(1, repeated, least, "amax")
+    def _repeats(self, tokens: Integers, parents: Integers, time: int) -> tuple[Integers, Integers]:
+        """The rows and words that would repeat a run of `no_repeat_ngram` words."""
+        if self._ngram and time:
+            written = self._history[parents] if time > 1 else np.zeros((len(tokens), 0), np.int64)
+            self._history = np.hstack([written, tokens[:, None]])
+        runs = time - self._ngram + 1  # that a caption has
+        if not self._ngram or runs <= 0:
+            return self._all[:0], self._all[:0]
+        history, begins = self._history, np.ones((len(tokens), runs), np.bool_)
+        for place in range(self._ngram - 1):  # whether a run begins as the words just written
+            begins &= history[:, place : place + runs] == history[:, runs + place, None]
+        row, run = np.nonzero(begins)
+        return row, history[row, run + self._ngram - 1]
 
 
 class Automaton:
@@ -200,56 +228,63 @@ class ConstrainedBeamSearch:
     write all it needs is dropped, so every caption that is found, ended or cut, has everything.
     """
 
-    searches = 1
+    searches = groups = 1
     distinct = True
 
-    def __init__(self, options: DecodingOptions, special: SpecialTokens, images: int, device: torch.device) -> None:
-        """Prepare the search.
+    def __init__(self, options: DecodingOptions, special: SpecialTokens, images: int) -> None:
+        """Build the automaton.
 
         Args:
             options: `required_words`, `forbidden_words` and the beam.
             special: a `Vocabulary`.
             images: how many there are.
-            device: where they are.
 
         Raises:
             CaptionerError: see `Automaton.of`.
         """
         automaton = Automaton.of(options, special)
-        self.width = self.quota = options.width
+        self.quota = options.width
+        self.count: int | None = options.width
         self.banks = automaton.needed[0] + 1
-        self.beams = self.width * self.banks
-        self.wanted = min(options.num_captions, self.width)
-        self._left = options.max_words
-        self._always = torch.tensor([special.end, *automaton.words], device=device)
-        self._following = torch.tensor(automaton.following, device=device)
-        self._needed = torch.tensor(automaton.needed, device=device)
-        self._state = torch.zeros(images, self.beams, dtype=torch.long, device=device)
+        self.beams = options.width * self.banks
+        self.wanted = min(options.num_captions, options.width)
+        # The words that requirements are about are always considered; the others all lead to the same state.
+        self.named = np.array([special.end, *automaton.words])
+        self._width = options.width
+        self._max_words = options.max_words
+        self._following = np.array(automaton.following)
+        self._needed = np.array(automaton.needed)
+        self._state: Integers = np.zeros((images, 1), np.int64)  # of the automaton, `(searches, captions)`
 
-    def choose(self, outlook: Outlook, beams: Beams) -> Choice:
+    def choose(self, candidates: Candidates, beams: Beams) -> Choice:
         """Fill every bank with its likeliest captions."""
-        self._left -= 1
-        # The words that requirements are about are always considered; of the others, which lead to one state, the best.
-        logprob, word = outlook.likeliest(self.width, always=self._always)
-        reached, words = beams.continued(logprob), beams.spread(word, 0)
-        ended, going, words = reached[..., 0], reached[..., 1:], words[..., 1:]  # (images, beams[, ours + others])
-        ended = ended.masked_fill(self._needed[self._state] > 0, -torch.inf)
-        column = torch.arange(words.shape[2], device=words.device).clamp_(max=len(self._always) - 1)
-        following = self._following[self._state][..., column]
+        searches, captions = beams.logprob.shape
+        state = self._state[beams.search]
+        ended = beams.logprob + candidates.named[:, 0].reshape(searches, captions)
+        ended[self._needed[state] > 0] = -np.inf
+        # The required words of each caption, then the likeliest others: (searches, captions * words).
+        going = np.hstack([candidates.named[:, 1:], candidates.logprob]) + beams.logprob.reshape(-1, 1)
+        required = np.broadcast_to(self.named[1:], (len(going), len(self.named) - 1))
+        words = np.hstack([required, candidates.word])
+        each = words.shape[1]
+        column = np.minimum(np.arange(each), len(self.named) - 1)  # of the automaton's table
+        following = self._following[state][..., column].reshape(searches, -1)
+        going, words = going.reshape(searches, -1), words.reshape(searches, -1)
         needed = self._needed[following]
-        going = going.masked_fill(needed > self._left, -torch.inf)
+        going[needed > self._max_words - beams.time - 1] = -np.inf
 
-        parents, words_chosen, logprobs, states = [], [], [], []
-        for bank in range(self.banks):
-            ours = needed == self.banks - 1 - bank
-            logprob, best = going.masked_fill(~ours, -torch.inf).flatten(1).topk(self.width)
-            parents.append(best.div(words.shape[2], rounding_mode="floor"))
-            words_chosen.append(words.flatten(1).gather(1, best))
-            states.append(following.flatten(1).gather(1, best))
-            logprobs.append(logprob)
-        self._state = torch.cat(states, dim=1)
-        ended = among_best(ended, logprobs[-1])  # nothing ends but in the last bank
-        return Choice(torch.cat(parents, dim=1), torch.cat(words_chosen, dim=1), torch.cat(logprobs, dim=1), ended)
+        # The bank of captions that need nothing comes last.
+        bank = np.arange(self.banks)[::-1, None]
+        banked = np.where(needed[:, None] == bank, going[:, None], np.float32(-np.inf))  # (searches, banks, ...)
+        place = largest(banked.reshape(searches * self.banks, -1), self._width).reshape(searches, -1)
+        row = np.arange(searches)[:, None]
+        logprob = np.take_along_axis(banked, place.reshape(searches, self.banks, -1), axis=2).reshape(searches, -1)
+        ended = among_best(ended, logprob[:, -(place.shape[1] // self.banks) :], self._width)
+        used = np.flatnonzero((logprob.max(axis=0) > -np.inf) | (np.arange(logprob.shape[1]) == 0))
+        place, logprob = place[:, used], logprob[:, used]  # without the places that are empty in all searches
+        self._state = np.zeros((len(self._state), place.shape[1]), np.int64)
+        self._state[beams.search] = following[row, place]
+        return Choice(place // each, words[row, place], logprob, ended)
 
 
 def _alternatives(entry: str, special: SpecialTokens, options: DecodingOptions) -> tuple[tuple[int, ...], ...]:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from jaxtyping import Float
-from rich.text import Text
-from rich.tree import Tree
-from torch import Tensor
+import numpy as np
 
 from captioner.config import DecodingOptions
 from captioner.decoding.constraints import SpecialTokens
-from captioner.decoding.search import Hypothesis, Step, StepModel, listed, relaxed, search
+from captioner.decoding.search import Hypothesis, Step, relaxed, search
+from captioner.decoding.step import Floats, StepModel
 from captioner.vocabulary import END, Vocabulary
+
+if TYPE_CHECKING:
+    from rich.tree import Tree
 
 Fate = Literal["continued", "pruned", "ended", "cut"]
 
@@ -66,18 +66,12 @@ class _Node:
         return Branch(self.token, self.probability, self.logprob, fate, self.winner, below)
 
 
-@torch.inference_mode()
-def explain(
-    model: StepModel | Sequence[StepModel],
-    features: Float[Tensor, "photos 4096"],
-    special: SpecialTokens,
-    options: DecodingOptions,
-) -> Explanation:
+def explain(model: StepModel, features: Floats, special: SpecialTokens, options: DecodingOptions) -> Explanation:
     """Write the captions of one photo and keep how they were found.
 
     Args:
-        model: the decoder, in evaluation mode, or several that share a vocabulary.
-        features: what the encoder saw, `(1, 4096)`.
+        model: an engine, or an `Ensemble`.
+        features: the vector that the encoder made of the photo, `(1, 4096)`.
         special: the vocabulary.
         options: how to search.
 
@@ -86,15 +80,15 @@ def explain(
         being written its likeliest next words, one more than there are beams, and every word that was chosen.
 
     Raises:
-        ValueError: there is not exactly one photo, or see `decode`.
+        ValueError: there is not exactly one photo.
         CaptionerError: see `decode`.
     """
+    features = np.asarray(features, np.float32)
     if len(features) != 1:
         raise ValueError(f"there are {len(features)} photos; expected one, whose search is explained")
-    models = listed(model)
-    captions, steps = search(models, features, special, options, watch=True)
+    captions, steps = search(model, features, special, options, watch=True)
     if not captions[0][0].satisfied:
-        captions, steps = relaxed(models, features, special, options, watch=True)
+        captions, steps = relaxed(model, features, special, options, watch=True)
     root = _grow(steps, special.end)
     for number, caption in enumerate(captions[0]):
         node = root
@@ -109,27 +103,29 @@ def explain(
 def _grow(steps: Sequence[Step], end: int) -> _Node:
     """Replay a search; captions that several beams or groups share become one branch."""
     root = _Node(fate="continued")
-    grid = {(number, 0): root for number in range(steps[0].before.shape[0])}
-    for step in steps:
+    # The node of each caption that is being written, by the number of its search and its place there.
+    grid = {(number, place): root for number, row in enumerate(steps[0].beams.logprob) for place in range(len(row))}
+    for beams, choice, considered in steps:
         following: dict[tuple[int, int], _Node] = {}
-        before, ended = step.before.tolist(), step.choice.ended.tolist()
-        logprobs, words = (part.tolist() for part in step.considered or ())
-        parents, chosen, reached = (part.tolist() for part in step.choice[:3])
-        for (number, beam), node in grid.items():
-            if before[number][beam] == -math.inf:
-                continue
-            for logprob, word in zip(logprobs[number][beam], words[number][beam], strict=True):
+        assert considered is not None
+        parts = (beams.search, beams.logprob, choice.ended, *considered, *choice[:3])
+        for number, before, ended, logprobs, words, parents, chosen, reached in zip(
+            *(part.tolist() for part in parts), strict=True
+        ):
+            for place, logprob in enumerate(before):
+                if logprob == -math.inf:
+                    continue
+                node = grid[number, place]
+                for more, word in zip(logprobs[place], words[place], strict=True):
+                    if more > -math.inf:
+                        node.follow(word, logprob + more)
+                if ended[place] > -math.inf:
+                    node.follow(end, ended[place]).fate = "ended"
+            for place, logprob in enumerate(reached):
                 if logprob > -math.inf:
-                    node.follow(word, before[number][beam] + logprob)
-            if ended[number][beam] > -math.inf:
-                node.follow(end, ended[number][beam]).fate = "ended"
-        for number, row in enumerate(reached):
-            for beam, logprob in enumerate(row):
-                if logprob > -math.inf:
-                    parent = grid[number, parents[number][beam]]
-                    child = parent.follow(chosen[number][beam], logprob)
+                    child = grid[number, parents[place]].follow(chosen[place], logprob)
                     child.fate = "continued"
-                    following[number, beam] = child
+                    following[number, place] = child
         grid = following
     return root
 
@@ -144,12 +140,16 @@ def render(explanation: Explanation, vocabulary: Vocabulary) -> Tree:
     Returns:
         A tree of words with their probabilities: the winner marked, pruned branches dim.
     """
-    tree = Tree(Text("the photo"))
+    from rich.tree import Tree
+
+    tree = Tree("the photo")
     _draw(explanation.root, vocabulary, tree)
     return tree
 
 
 def _draw(branch: Branch, vocabulary: Vocabulary, tree: Tree) -> None:
+    from rich.text import Text
+
     for child in branch.branches:
         assert child.token is not None
         word = next(iter(vocabulary.words((child.token,))), END)

@@ -1,4 +1,4 @@
-"""This project's own CNNs, which learn from nothing: `tiny` and `mini`."""
+"""This project's own CNNs, which are trained from random weights: `tiny` and `mini`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional as F  # noqa: N812 - the name that everyone uses
 
 
 def tiny() -> nn.Module:
-    """Learns in minutes: three halvings of a small picture, 64 channels."""
+    """Three halvings of a small picture, 64 channels; learns the generated shapes in minutes."""
 
     def block(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
         convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
@@ -24,8 +24,8 @@ def tiny() -> nn.Module:
 def mini() -> nn.Module:
     """The CNN of the model in the box: residual (He et al. 2016), five halvings, 1024 channels, 7 million weights.
 
-    Dense 3 x 3 convolutions alone, since they reach a processor's peak rate, and as little else as possible. The
-    shortcuts average before they narrow ("ResNet-D", He et al. 2019).
+    It consists of dense 3 x 3 convolutions as far as possible, since these reach a processor's peak rate. Where a
+    shortcut halves the size, it averages pixels instead of dropping them ("ResNet-D", He et al. 2019).
     """
     widths, depths = (48, 96, 192, 384), (1, 2, 3, 2)
     layers: list[nn.Module] = [_convolution(3, 32, 2, relu=True), _convolution(32, widths[0], 2, relu=True)]
@@ -37,7 +37,7 @@ def mini() -> nn.Module:
 
 
 class _Residual(nn.Module):
-    """Two convolutions, whose result is added to what they were given."""
+    """Two convolutions whose result is added to their input."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class _Residual(nn.Module):
         self.second = _convolution(outputs, outputs, 1, relu=False)
         norm = self.second[-1]
         assert isinstance(norm, nn.BatchNorm2d)
-        nn.init.zeros_(norm.weight)  # at first a block changes nothing (Goyal et al. 2017)
+        nn.init.zeros_(norm.weight)  # at first a block passes its input on (Goyal et al. 2017)
         self.shortcut: nn.Module = nn.Identity()
         if stride > 1:
             self.shortcut = nn.Sequential(

@@ -1,8 +1,8 @@
 """The recurrent decoder: 4096 numbers set its first hidden state, then it writes word after word.
 
-"Init-inject" of Tanti et al. 2018 ("Where to put the image in an image caption generator"): the photo enters through
-h0 and c0 and nowhere else. `step` is the model; `forward` computes the same for whole captions with torch's fused
-kernels, and a test holds both equal.
+This is "init-inject" of Tanti et al. 2018 ("Where to put the image in an image caption generator"): the photo enters
+through h0 and c0 and nowhere else. `step` defines the model. `forward` computes the same for whole captions with
+torch's fused kernels, and a test compares the two.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from torch.nn import functional as F  # noqa: N812 - the name that everyone uses
 from captioner.config import FEATURE_SIZE, DecoderConfig
 
 #: Hidden state, `(layers, batch, hidden)`; an LSTM has two of them: h and c.
-State = tuple[Tensor, ...]
+HiddenState = tuple[Tensor, ...]
 
 
 class Standardise(nn.Module):
     """Zero mean and unit variance a channel: batch normalisation (Ioffe & Szegedy 2015) without scale and shift.
 
-    Most of a feature vector is what all photos share, and what tells them apart is small. In training the statistics
-    are those of the batch, unless that is a single photo; otherwise their running averages.
+    The features of all photos are much alike, and their differences are small beside their mean; standardised, the
+    differences are large. In training, the statistics are those of the batch, unless it is a single photo; elsewhere
+    they are running averages over the batches of training.
     """
 
-    _SHARE = 0.02  # of a new batch in the running averages, which are thus over about 50 batches
+    _SHARE = 0.02  # weight of a new batch in the running averages, which so extend over about 50 batches
 
     mean: Tensor
     variance: Tensor
@@ -38,13 +39,13 @@ class Standardise(nn.Module):
         self.register_buffer("batches", torch.zeros(()))
 
     def forward(self, features: Float[Tensor, "batch 4096"], *, training: bool) -> Float[Tensor, "batch 4096"]:
-        """Standardise features; in training, with the statistics of the batch, which are then remembered."""
+        """Standardise features; in training, with the statistics of the batch, which then enter the averages."""
         if not training or len(features) == 1:
             return F.batch_norm(features, self.mean, self.variance)
         with torch.no_grad():
             variance, mean = torch.var_mean(features.detach().to(self.mean.dtype), dim=0)
             self.batches += 1
-            # The first batches count alike, so that few of them give an average and not mostly the initial value.
+            # The first 50 batches count alike, so that the average of a few does not depend on its initial value.
             share = (1 / self.batches).clamp(min=self._SHARE)
             self.mean.lerp_(mean, share)
             self.variance.lerp_(variance, share)
@@ -52,7 +53,7 @@ class Standardise(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Writes captions from features."""
+    """The recurrent network that writes captions from features."""
 
     def __init__(self, config: DecoderConfig, vocabulary_size: int) -> None:
         super().__init__()
@@ -80,7 +81,7 @@ class Decoder(nn.Module):
     def _initialise(self) -> None:
         H = self.config.hidden_size
         nn.init.normal_(self.embedding.weight, std=0.1)
-        # Small output weights: all words are about equally likely at first, so that the first loss is ln V.
+        # Small output weights: at first all words are about equally likely, so the first loss is about ln V.
         nn.init.normal_(self.output.weight, std=0.01)
         nn.init.zeros_(self.output.bias)
         nn.init.xavier_uniform_(self.initial.weight)
@@ -96,27 +97,29 @@ class Decoder(nn.Module):
             elif self.config.cell == "irnn":
                 weight_hh.copy_(torch.eye(H))  # Le et al. 2015
 
-    def start(self, features: Float[Tensor, "batch 4096"]) -> State:
+    def start(self, features: Float[Tensor, "batch 4096"]) -> HiddenState:
         """The hidden state that a photo sets.
 
         Args:
-            features: what the encoder saw, `(batch, 4096)`.
+            features: of the encoder, `(batch, 4096)`.
 
         Returns:
             h0 (and c0 for an LSTM), `(layers, batch, hidden)` each.
         """
         return self.arrange(self.initial(self.normalise(features, training=self.training)))
 
-    def arrange(self, initial: Float[Tensor, "batch numbers"]) -> State:
-        """Make the hidden state of what `initial` says, `(batch, states * layers * hidden)`."""
+    def arrange(self, initial: Float[Tensor, "batch numbers"]) -> HiddenState:
+        """Turn the output of `initial`, `(batch, states * layers * hidden)`, into the hidden state."""
         B = initial.shape[0]
         # (B, states * L * H) -> (states, L, B, H)
         parts = initial.view(B, self.states, self.config.layers, self.config.hidden_size).permute(1, 2, 0, 3)
         h0 = F.relu(parts[0]) if self.config.cell == "irnn" else torch.tanh(parts[0])
         return (h0, *parts[1:])
 
-    def step(self, tokens: Int[Tensor, " batch"], state: State) -> tuple[Float[Tensor, "batch vocabulary"], State]:
-        """Read one word, and say how likely each word is to follow.
+    def step(
+        self, tokens: Int[Tensor, " batch"], state: HiddenState
+    ) -> tuple[Float[Tensor, "batch vocabulary"], HiddenState]:
+        """Read one word, and compute how likely each word is to follow.
 
         Args:
             tokens: ids of the words read, `(batch,)`.
@@ -146,7 +149,7 @@ class Decoder(nn.Module):
         Args:
             features: `(batch, 4096)`.
             tokens: ids, `(batch, time)`, from `[start]` on.
-            keep: positions whose logits are wanted; the output layer is computed for these alone.
+            keep: whether the logits of each position are wanted; the output layer is computed for these alone.
 
         Returns:
             Logits of the word that follows: `(batch, time, vocabulary)`, or `(positions kept, vocabulary)`.
@@ -161,12 +164,13 @@ class Decoder(nn.Module):
     def normalise(
         self, features: Float[Tensor, "batch 4096"], *, training: bool = False
     ) -> Float[Tensor, "batch 4096"]:
-        """Bring features to the scale that `initial` expects; see `DecoderConfig.feature_norm`."""
+        """Scale features as `DecoderConfig.feature_norm` says."""
         if self.config.feature_norm == "none":
             return features
-        # Signed square root, then unit length (Perronnin et al. 2010): a few active channels do not drown the rest.
-        # Times sqrt(4096): about 1 per component, which the initialisation of the layer behind it expects.
-        rooted: Tensor = features.sign() * features.abs().clamp_min(1e-12).sqrt()  # its slope at 0 is infinite
+        # The signed square root, and then unit length, keep a few active channels from outweighing the others
+        # (Perronnin et al. 2010). Times sqrt(4096), the numbers are about 1, as the weights of `initial` expect.
+        # The clamp is there since the slope of the root at 0 is infinite.
+        rooted: Tensor = features.sign() * features.abs().clamp_min(1e-12).sqrt()
         scaled: Tensor = F.normalize(rooted, dim=1) * FEATURE_SIZE**0.5
         if self.config.feature_norm == "sqrt":
             return scaled
@@ -174,7 +178,7 @@ class Decoder(nn.Module):
         return standardised
 
     def _cell(self, layer: int, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """One step of one layer; gates are in torch's order."""
+        """One step of one layer; the gates are in the order of torch's weights."""
         h = state[0]
         from_input = F.linear(x, getattr(self.rnn, f"weight_ih_l{layer}"), getattr(self.rnn, f"bias_ih_l{layer}"))
         from_hidden = F.linear(h, getattr(self.rnn, f"weight_hh_l{layer}"), getattr(self.rnn, f"bias_hh_l{layer}"))

@@ -1,8 +1,8 @@
-"""Pretrained CNN -> 4096 numbers.
+"""The encoder: a CNN that turns a photo into 4096 numbers.
 
-The networks are torchvision's, and two of this project, cut at a named layer. Those with a native
-4096-wide layer are tapped there, after its ReLU; of the fully convolutional ones the last map is averaged onto a grid
-with `channels x rows x columns = 4096`, so that all of them feed the same decoder.
+The networks are torchvision's, and two of this project, cut at a named layer. VGG and AlexNet are cut behind the ReLU
+of their second layer of 4096 units. Fully convolutional networks are cut behind their last convolution, and its map is
+averaged onto a grid with `channels x rows x columns = 4096`. So any of them feeds the same decoder.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
@@ -31,11 +33,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Tap:
-    """Where a network of torchvision yields 4096 numbers."""
+    """The layer of a network whose output becomes the 4096 numbers."""
 
-    layer: str  # name of the layer whose output is taken
+    layer: str  # its name
     grid: tuple[int, int] | None = None  # rows, columns that its map is averaged onto; None: the layer is 4096 wide
-    smallest: int = 32  # height and width of the smallest photo that something is left of, in pixels
+    smallest: int = 32  # height and width of the smallest photo of which the layer still has a map, in pixels
 
 
 _TAPS: dict[EncoderName, _Tap] = {
@@ -55,13 +57,13 @@ _TAPS: dict[EncoderName, _Tap] = {
 #: The networks that are not torchvision's.
 OWN: dict[EncoderName, Callable[[], nn.Module]] = {"tiny": cnn.tiny, "mini": cnn.mini}
 
-# Mean and standard deviation of ImageNet's RGB values, 0 to 255, that all of torchvision's weights were trained with.
+# Mean and standard deviation of the RGB values of ImageNet, 0 to 255; all of torchvision's weights expect these.
 _MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 _STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
 
 class Encoder(nn.Module):
-    """A CNN without its classifier. It is frozen, and in evaluation mode whatever is asked, unless it is to learn."""
+    """A CNN without its classifier. Unless it is trainable, it is frozen and stays in evaluation mode."""
 
     mean: Tensor
     std: Tensor
@@ -73,8 +75,8 @@ class Encoder(nn.Module):
 
         Args:
             config: which network, and where its weights come from.
-            state: tensors to use instead of what `config.weights` names (a checkpoint that carries its encoder).
-            trainable: whether the network is to learn.
+            state: weights to use instead of those that `config.weights` names, from a checkpoint that stores them.
+            trainable: whether training may change the weights.
 
         Raises:
             WeightsError: the weights are not there, cannot be read, or belong to another network.
@@ -103,8 +105,8 @@ class Encoder(nn.Module):
         self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1), persistent=False)
         self.trainable = trainable
-        # Whether `config.weights` says where these very weights are to be had: not if they are given or random, change,
-        # or come with this version of the package.
+        # Whether `config.weights` names a place from which anyone can get these very weights. A checkpoint must store
+        # weights that were given as tensors, are random, are trained further, or come with this version of the package.
         own = config.weights == "default" and config.name in OWN
         self.elsewhere = not (given or trainable or own or config.weights == "random")
         self.requires_grad_(trainable)
@@ -120,48 +122,64 @@ class Encoder(nn.Module):
         """Identifies the weights of a frozen network, see `weights.fingerprint`."""
         return weights.fingerprint(self.body.state_dict())
 
+    @torch.no_grad()
+    def features(self, photos: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Compute the features of photos, as arrays, on the device where the network is.
+
+        Args:
+            photos: `(batch, 3, height, width)`, RGB, 0 to 255.
+
+        Returns:
+            `(batch, 4096)`.
+        """
+        pixels = torch.from_numpy(photos).to(self.mean.device)
+        found: npt.NDArray[np.float32] = self(pixels).float().cpu().numpy()
+        return found
+
     def forward(self, images: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 4096"]:
-        """Look at photos.
+        """Compute the features of photos.
 
         Args:
             images: RGB, 0 to 255, as `images.load` gives them.
 
         Returns:
-            One row of 4096 non-negative numbers a photo.
+            4096 numbers, none of them negative, for each photo.
         """
         return self.flatten(self.map(images))
 
     def map(self, images: UInt8[Tensor, "batch 3 height width"] | Float[Tensor, "batch 3 height width"]) -> Tensor:
-        """What the tapped layer yields, before it is averaged onto a grid.
+        """Compute the output of the tapped layer, before it is averaged onto a grid.
 
         Args:
             images: RGB, 0 to 255.
 
         Returns:
-            `(batch, channels, rows, columns)`, or `(batch, 4096)` of a network with a layer of that width.
+            `(batch, channels, rows, columns)`, or `(batch, 4096)` where the tapped layer is 4096 wide.
         """
         with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
             tapped: Tensor = self.body(self.standardise(images))["tap"]
         return tapped
 
     def standardise(self, images: Tensor) -> Float[Tensor, "batch 3 height width"]:
-        """Photos as the network expects them: 0 to 255 in, mean 0 and deviation 1 over the photos of ImageNet out."""
+        """Scale pixels from 0 to 255 so that the photos of ImageNet have mean 0 and standard deviation 1 a channel."""
         return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def flatten(self, tapped: Tensor) -> Float[Tensor, "batch 4096"]:
-        """What the tapped layer yields (see `map`), averaged onto the grid and flattened."""
+        """Average the output of the tapped layer (see `map`) onto the grid, and flatten it."""
         features: Tensor = self.pool(tapped).flatten(1)  # (batch, channels, rows, columns) -> (batch, 4096)
         assert features.shape[1] == FEATURE_SIZE
         return features
 
 
 def _network(name: EncoderName, *, initialised: bool) -> nn.Module:
-    # Auxiliary heads of GoogLeNet stand in its weight file; its inputs are rescaled as those weights expect.
+    # GoogLeNet's weight file includes its auxiliary heads, and its weights expect photos from -1 to 1.
     options = {"transform_input": True, "init_weights": False} if name == "googlenet" else {}
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.manual_seed(0)  # "random" means the same weights every time
-        # Without its initial weights, which take VGG seconds, where others replace them all.
+        # The weights "random" are the same every time. The seed is that of the processor's generator alone:
+        # `torch.manual_seed` would reseed those of all GPUs too, which nothing here restores.
+        torch.default_generator.manual_seed(0)
+        # Drawing initial weights takes seconds for VGG: it is left out where others replace them all.
         with torch.device("cpu" if initialised else "meta"):
             if name in OWN:
                 network: nn.Module = OWN[name]()
@@ -171,7 +189,7 @@ def _network(name: EncoderName, *, initialised: bool) -> nn.Module:
 
 
 def is_file(path: Path) -> bool:
-    """Whether a file is there; not where its name is too long for one, or its folder may not be entered."""
+    """Whether a path leads to a file; false where its name is too long, or its folder may not be entered."""
     try:
         return path.is_file()
     except OSError:
@@ -182,9 +200,7 @@ def _read(config: EncoderConfig) -> Mapping[str, Tensor]:
     if config.weights == "default" and config.name == "tiny":
         raise WeightsError("tiny has no pretrained weights; give a file, or train it: --encoder.weights random")
     if config.weights == "default" and config.name == "mini":
-        return weights.below(
-            "encoder.", weights.unpack(weights.read(weights.PRETRAINED / "mini" / "model.safetensors"))
-        )
+        return weights.packaged("mini")
     if config.weights == "default":
         return _download(config.name)
     path = Path(config.weights)
@@ -197,7 +213,7 @@ def _read(config: EncoderConfig) -> Mapping[str, Tensor]:
 
 
 def _download(name: EncoderName) -> Mapping[str, Tensor]:
-    """Torchvision's first ImageNet weights, the ones the captioning literature used, through torch's cache."""
+    """Torchvision's first ImageNet weights, which the captioning literature used, kept in torch's cache."""
     url: str = models.get_model_weights(name)["IMAGENET1K_V1"].url
     cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
     if not cached.is_file():
@@ -215,11 +231,11 @@ def _download(name: EncoderName) -> Mapping[str, Tensor]:
     return weights.read(cached)
 
 
-def _fill(body: nn.Module, state: Mapping[str, Tensor], head: Set[str], what: str) -> None:
+def _fill(body: nn.Module, state: Mapping[str, Tensor], head: Set[str], source: str) -> None:
     template = body.state_dict()
-    # Counters of training steps, which older files lack and evaluation never reads.
+    # Counters of training steps: older files lack them, and evaluation never reads them.
     counters = {name for name in template if name.endswith("num_batches_tracked")}
     if different := weights.differences(template, state, passed_over=head | counters):
-        raise WeightsError(f"{what} belong to another network: {different}")
+        raise WeightsError(f"{source} belong to another network: {different}")
     zeros = {name: torch.zeros_like(template[name]) for name in counters}
     body.load_state_dict({name: {**zeros, **state}[name] for name in template})

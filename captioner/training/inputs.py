@@ -1,11 +1,10 @@
-"""Caption files -> what training reads: checked captions, and features that are computed once."""
+"""Settings -> the examples, and the features or photos, that training reads."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -14,22 +13,19 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from captioner import images
-from captioner.config import DataConfig, TrainingConfig
-from captioner.datasets import features
-from captioner.datasets.annotations import Annotations, Example, load
+from captioner.config import TrainingConfig
+from captioner.datasets.annotations import Example, load_dataset
 from captioner.datasets.batches import Source
-from captioner.datasets.features import FeatureStore, Stamp
-from captioner.datasets.formats import ImageId
-from captioner.errors import AnnotationError, ImageError
+from captioner.datasets.features import stored_features
+from captioner.errors import AnnotationError
 from captioner.networks.encoder import Encoder
-from captioner.progress import Progress
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Split:
-    """The photos of a split."""
+class SplitInputs:
+    """The photos of a split with their captions."""
 
     examples: Sequence[Example]
     source: Source  # of their features, or of their pixels where the encoder learns
@@ -37,41 +33,28 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Data:
-    """What training reads."""
+class Inputs:
+    """Everything that training reads."""
 
-    name: str
+    name: str  # of the data set
     encoder: Encoder
-    train: Split
-    val: Split
+    train: SplitInputs
+    val: SplitInputs
 
 
-def read(where: DataConfig) -> Annotations:
-    """Read and check the captions of a data set, and say what was wrong with them.
-
-    Raises:
-        AnnotationError: they cannot be read, or have problems that `where` does not allow.
-    """
-    captions = load(
-        where.data,
-        images=where.images,
-        restval=where.restval,
-        on_problem=where.on_problem,
-        val_share=where.val_share,
-    )
-    log.info("%s: %s", captions.name, captions.problems.report())
-    return captions
-
-
-def prepare(config: TrainingConfig, accelerator: Accelerator, state: Mapping[str, Tensor] | None = None) -> Data:
-    """Read and check the captions; compute the features that are not stored yet, where the encoder is frozen.
+def load_inputs(config: TrainingConfig, accelerator: Accelerator, state: Mapping[str, Tensor] | None = None) -> Inputs:
+    """Load the captions and the encoder; where the encoder is frozen, compute the features that are not stored yet.
 
     Args:
         config: all settings.
         accelerator: device and processes.
         state: weights of the encoder, if they are not those that the settings name.
+
+    Raises:
+        CaptionerError: captions, weights or feature store cannot be used, or no photo of a split can be read.
     """
-    captions = read(config.data)
+    with accelerator.main_process_first():
+        captions = load_dataset(config.data)
     trainable = config.optimisation.encoder_learning_rate > 0
     encoder = Encoder(config.encoder, state, trainable=trainable).to(accelerator.device)
     splits = {name: captions.split(name) for name in ("train", "val")}
@@ -90,41 +73,13 @@ def prepare(config: TrainingConfig, accelerator: Accelerator, state: Mapping[str
             )
         source, row_of = store.features(), store.row_of
 
-    def split(name: Literal["train", "val"]) -> Split:
+    def inputs(name: Literal["train", "val"]) -> SplitInputs:
         kept = [example for example in splits[name] if example.image_id not in failures]
         if not kept:
             reason = failures[splits[name][0].image_id]
             raise AnnotationError(
                 f"{captions.name}: none of the {len(splits[name]):,} photos of {name!r} can be read, e.g. {reason}"
             )
-        return Split(kept, source, np.array([row_of[example.image_id] for example in kept], np.int64))
+        return SplitInputs(kept, source, np.array([row_of[example.image_id] for example in kept], np.int64))
 
-    return Data(captions.name, encoder, split("train"), split("val"))
-
-
-def stored_features(
-    captions: Annotations, examples: Sequence[Example], encoder: Encoder, folder: Path | None, *, shown: bool = True
-) -> tuple[FeatureStore, dict[ImageId, ImageError]]:
-    """The store that holds the features of photos; those that are not in it yet are computed.
-
-    Args:
-        captions: the data set, which has a folder of its own where none is given.
-        examples: its photos whose features are wanted.
-        encoder: what looks at them.
-        folder: of the store.
-        shown: whether to draw a progress bar.
-
-    Returns:
-        The store, and the photos that could not be decoded, with the reasons.
-
-    Raises:
-        FeatureStoreError: the folder holds other features, or cannot be written.
-    """
-    stamp = Stamp.of(encoder)
-    store = FeatureStore(folder or features.default_folder(captions, stamp), stamp)
-    log.info("features of %s are kept in %s", stamp.encoder, store.folder)
-    with Progress("features", 0, "photos", shown=shown) as progress:
-        failures = features.add_photos(store, encoder, examples, progress=progress.set)
-    for error in failures.values():
-        log.warning("left out: %s", error)
-    return store, failures
+    return Inputs(captions.name, encoder, inputs("train"), inputs("val"))

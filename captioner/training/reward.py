@@ -1,7 +1,8 @@
-"""Self-critical training (Rennie et al. 2017): captions that the model draws itself are made likelier or less likely.
+"""Self-critical training (Rennie et al. 2017): the model draws captions, and learns to prefer the better ones.
 
-Each photo gets several captions, drawn at random. By what a caption's CIDEr-D is above the mean of the photo's other
-captions, the log-probability of its words is weighed (Luo 2020, "A better variant of self-critical sequence training").
+For each photo, several captions are drawn at random. The advantage of a caption is its CIDEr-D minus the mean CIDEr-D
+of the photo's other captions. The loss weighs the log-probability of every word of a caption with its advantage, so
+captions above the mean become likelier (Luo 2020, "A better variant of self-critical sequence training").
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the name that everyone uses
 
-from captioner.config import DecodingOptions
+from captioner.config import DecodingOptions, Precision
 from captioner.datasets.annotations import Example
 from captioner.datasets.batches import Batch
 from captioner.decoding.search import decode
 from captioner.metrics import CiderD
 from captioner.networks.decoder import Decoder
-from captioner.networks.inference import PreparedDecoder
+from captioner.networks.inference import TorchDecoder
 from captioner.vocabulary import Vocabulary
 
 _DRAWN = 5  # captions a photo
@@ -30,36 +31,39 @@ _DRAWN = 5  # captions a photo
 
 @dataclass(frozen=True)
 class Drawn:
-    """Captions that were drawn, as a batch to learn from."""
+    """Captions that the model drew, as a batch to learn from."""
 
     batch: Batch
-    weights: Float[Tensor, " words"]  # of the log-probability of each of the batch's targets
+    weights: Float[Tensor, " words"]  # of each of the batch's targets: the advantage of its caption
     reward: float  # mean CIDEr-D, 0 to 10
 
 
 class Reward:
-    """What drawn captions are worth, by the human captions of the training photos."""
+    """Draws captions of training photos, and scores them against the human captions."""
 
     def __init__(
         self,
         examples: Sequence[Example],
         rows: npt.NDArray[np.int64],
         vocabulary: Vocabulary,
-        options: DecodingOptions | None = None,
+        *,
+        max_words: int = DecodingOptions.max_words,
+        precision: Precision = "auto",
     ) -> None:
-        """Prepare the references. `[end]` is one of their words, so that a caption which breaks off is worth less.
+        """Count the n-grams of the human captions.
+
+        `[end]` counts as a word of theirs, so a drawn caption that breaks off scores less.
 
         Args:
             examples: photos with their captions.
             rows: row of the source of each example, `(examples,)`.
             vocabulary: words are compared by their ids.
-            options: whose precision and longest length count.
+            max_words: longest caption that is drawn.
+            precision: of the drawing.
         """
-        options = options or DecodingOptions()
-        # An empty caption may be drawn too: what can be drawn must be what the model gives probability to.
-        self._options = DecodingOptions(
-            "sample", num_captions=_DRAWN, min_words=0, max_words=options.max_words, precision=options.precision
-        )
+        # Empty captions may be drawn: the gradient is right only if every caption that has a probability can be.
+        self._options = DecodingOptions("sample", num_captions=_DRAWN, min_words=0, max_words=max_words)
+        self._precision: Precision = precision
         self._never = torch.tensor([vocabulary.pad, vocabulary.start, vocabulary.unk])
         ids = iter(vocabulary.encode([caption for example in examples for caption in example.captions]))
         pairs = zip(rows.tolist(), examples, strict=True)
@@ -67,17 +71,17 @@ class Reward:
         self._vocabulary = vocabulary
 
     def draw(self, decoder: Decoder, features: Float[Tensor, "photos 4096"], batch: Batch, *, seed: int) -> Drawn:
-        """Draw captions of a batch's photos, without dropout, and weigh them.
+        """Draw captions of a batch's photos, without dropout, and compute their advantages.
 
         Args:
-            decoder: writes.
+            decoder: the model that draws.
             features: of the batch's photos.
-            batch: its own captions are not used.
-            seed: decides, together with the features, what is drawn.
+            batch: the photos; its own captions are not used.
+            seed: decides, together with the features, which captions are drawn.
         """
         vocabulary = self._vocabulary
         options = replace(self._options, seed=seed)
-        found = decode(PreparedDecoder(decoder, options.precision), features, vocabulary, options)
+        found = decode(TorchDecoder(decoder, self._precision), features.float().cpu().numpy(), vocabulary, options)
         captions = [[*one.tokens, *([vocabulary.end] if one.finished else [])] for some in found for one in some]
         rows = [row for row in batch.rows.tolist() for _ in range(_DRAWN)]
         scores = self._cider(rows, captions).reshape(-1, _DRAWN)
@@ -93,14 +97,14 @@ class Reward:
         return Drawn(drawn, weights.to(features.device), float(scores.mean()))
 
     def loss(self, logits: Float[Tensor, "words vocabulary"], drawn: Drawn) -> Float[Tensor, ""]:
-        """What has the gradient of minus the expected reward.
+        """A loss whose gradient estimates that of minus the expected reward.
 
-        The probability of a word is that among the words that could be drawn: those that never are would only ever
-        gain by what the others lose.
+        Probabilities are taken among the words that can be drawn. Otherwise the words that never are drawn would become
+        likelier whenever a drawn word becomes less likely, and nothing would ever make them less likely again.
 
         Args:
-            logits: of the batch of `drawn`.
-            drawn: captions and what they are worth.
+            logits: of the words of `drawn.batch`.
+            drawn: captions and their advantages.
         """
         possible = logits.float().index_fill(1, self._never.to(logits.device), -torch.inf)
         losses = F.cross_entropy(possible, drawn.batch.targets, reduction="none")

@@ -1,12 +1,16 @@
-"""Weights & Biases: what a training run reports there."""
+"""Weights & Biases: the reports of a training run."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from captioner import files
 
 if TYPE_CHECKING:
     import wandb
@@ -15,10 +19,21 @@ log = logging.getLogger(__name__)
 
 
 class Tracker:
-    """A run of Weights & Biases, or nothing where that is not wanted."""
+    """A run of Weights & Biases; without one, all reports are dropped."""
 
-    def __init__(self, run: wandb.Run | None) -> None:
-        self._run = run
+    def __init__(self, run: wandb.Run | None, reported: Path | None = None) -> None:
+        """Report to a run.
+
+        Args:
+            run: None drops all reports.
+            reported: file that keeps the last step reported of each group of charts. A run that goes on from an earlier
+                step computes the same numbers again, which are then not reported a second time.
+        """
+        self._run, self._file = run, reported
+        self._reported: dict[str, int] = {}
+        with contextlib.suppress(OSError, ValueError):  # there is none yet, or it is damaged
+            if reported is not None:
+                self._reported = {str(group): int(step) for group, step in json.loads(reported.read_text()).items()}
 
     @classmethod
     def start(cls, folder: Path, project: str, config: Mapping[str, Any], run_id: str | None) -> Tracker:
@@ -28,8 +43,8 @@ class Tracker:
         to upload it.
 
         Args:
-            folder: of the training run; files of Weights & Biases go to `wandb/` in it.
-            project: its name there.
+            folder: of the training run; Weights & Biases keeps its files in `wandb/` there.
+            project: name of the project in Weights & Biases.
             config: all settings, in JSON's types.
             run_id: of the run to go on with; None starts a new one.
         """
@@ -50,24 +65,27 @@ class Tracker:
             if mode == "online" and not wandb.login(prompt=False):
                 mode = "offline"
             run = begin(mode=mode)
-        except wandb.errors.Error as error:  # no way to the server, or a key that it does not know
+        except wandb.errors.Error as error:  # the server cannot be reached, or does not know the key
             log.warning("Weights & Biases cannot be used (%s)", (str(error).splitlines() or ["no reason given"])[0])
             mode = "offline"
             try:
                 run = begin(mode=mode)
             except wandb.errors.Error:
-                log.warning("this run is not tracked; change what was said above, or use --tracking none")
+                log.warning("this run is not tracked; mend that, or use --tracking none")
                 return cls(None)
         if mode == "offline":
             kept = Path(run.settings.sync_dir)
             log.info("Weights & Biases: offline; upload this run with `wandb login` and `wandb sync %s`", kept)
         elif mode == "online":
             log.info("Weights & Biases: %s", run.url)
-        return cls(run)
+        reported = folder / "wandb" / "reported.json"
+        if run_id is None:
+            reported.unlink(missing_ok=True)
+        return cls(run, reported)
 
     @property
     def run_id(self) -> str | None:
-        """Identifies the run, so that it can be gone on with."""
+        """Identifies the run, so that a later start can go on with it."""
         return None if self._run is None else self._run.id
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -77,7 +95,8 @@ class Tracker:
             step: of the optimiser, from 1.
             values: number by name; a slash groups them in charts.
         """
-        if self._run is not None:
+        group = next(iter(values), "").partition("/")[0]
+        if self._run is not None and self._is_new(group, step):
             self._run.log({**values, "step": step})
 
     def samples(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -88,7 +107,7 @@ class Tracker:
             columns: names; the values of the one called "photo" are pixels, `(height, width, 3)`, 0 to 255.
             rows: a list of values each.
         """
-        if self._run is None:
+        if self._run is None or not self._is_new("samples", step):
             return
         import wandb
 
@@ -98,8 +117,18 @@ class Tracker:
             table.add_data(*row[:photo], wandb.Image(row[photo]), *row[photo + 1 :])
         self._run.log({"samples": table, "step": step})
 
+    def _is_new(self, group: str, step: int) -> bool:
+        """Whether this step of a group has not been reported; from now on, it has."""
+        if step <= self._reported.get(group, -1):
+            return False
+        self._reported[group] = step
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # at worst, a step is reported twice
+                files.write(self._file, json.dumps(self._reported), durable=False)
+        return True
+
     def abandon(self) -> None:
-        """End the run as one that failed; it can be gone on with."""
+        """End the run as one that failed; a later start can go on with it."""
         if self._run is not None:
             self._run.finish(exit_code=1)
 
@@ -107,7 +136,7 @@ class Tracker:
         """End the run.
 
         Args:
-            summary: the numbers that it is remembered by.
+            summary: the numbers that lists of runs show.
         """
         if self._run is not None:
             self._run.summary.update(dict(summary))

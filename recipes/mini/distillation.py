@@ -8,7 +8,6 @@ root, as features do in the decoder. Nothing of the teacher remains in the stude
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -24,16 +23,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name that everyone uses
 
 from captioner import checkpoint, files, images
-from captioner.config import DistillationConfig, EncoderConfig
+from captioner.config import EncoderConfig
+from captioner.datasets.annotations import load_dataset
 from captioner.errors import CaptionerError
 from captioner.networks import weights
 from captioner.networks.encoder import Encoder
 from captioner.networks.inference import has_fast_bf16
 from captioner.progress import Progress
-from captioner.training import inputs, run
+from captioner.training import run
 from captioner.training.run import History
-from captioner.training.schedule import warmed_cosine
+from captioner.training.trainer import warmed_cosine
 from recipes.mini import teacher
+from recipes.mini.presets import DistillationConfig
 from recipes.mini.teacher import Teacher, Views
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class Student(nn.Module):
 def distil(config: DistillationConfig) -> History:
     """Train a student, or go on with a run that was stopped.
 
-    Writes to `config.output`: `views/` (see `teacher.prepare`), `last/` (what is needed to go on), `config.json`, and
+    Writes to `config.output`: `views/` (see `teacher.cut_views`), `last/` (what is needed to go on), `config.json`, and
     in the end `encoder.safetensors`, which `EncoderConfig.weights` takes.
 
     Returns:
@@ -75,23 +76,24 @@ def distil(config: DistillationConfig) -> History:
     Raises:
         CaptionerError: photos, teacher or folder do not allow it; what was saved before is kept.
     """
-    settings = run.claim(config, write=True)
-    log.info("settings: %s", json.dumps(settings))
-    paths = _photos(config)
-    views = teacher.prepare(
-        config.output / "views",
-        Teacher(config.teacher),
-        paths,
-        views=config.views,
-        size=config.view_size,
-        seed=config.seed,
-    )
-    return Distiller(config, views).run()
+    with run.claimed(config):
+        log.info("settings: %s", run.as_json(config))
+        paths = _photos(config)
+        views = teacher.cut_views(
+            config.output / "views",
+            Teacher(config.teacher),
+            paths,
+            views=config.views,
+            size=config.view_size,
+            seed=config.seed,
+        )
+        run.save_settings(config)
+        return Distiller(config, views).run()
 
 
 def _photos(config: DistillationConfig) -> list[Path]:
     """Photos to learn from: those of training, and others, unless they are of the data set too; all can be read."""
-    captions = inputs.read(config.data)
+    captions = load_dataset(config.data)
     paths = [example.path for example in captions.split("train")]
     known = {example.path.resolve() for example in captions.examples}
     if config.photos:
@@ -135,7 +137,7 @@ class Distiller:
         """Train to the end."""
         history, last = self.history, self.config.output / "last"
         if checkpoint.recover(last):
-            checkpoint.fill(self.student, weights.read(last / _STUDENT), str(last))
+            weights.fill(self.student, weights.read(last / _STUDENT), str(last))
             history = self.history = run.load_state(last, self.optimiser)
             log.info("%s: going on after epoch %d", last, history.epoch)
         while history.epoch < self.config.epochs:

@@ -19,9 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from jaxtyping import UInt8
 from PIL import Image
-from torch import Tensor
 
 from captioner import files, images
 from captioner.errors import CaptionerError, WeightsError
@@ -123,7 +121,7 @@ class Views:
     scale: float
 
 
-def prepare(
+def cut_views(
     folder: Path, teacher: Teacher, paths: Sequence[Path], *, views: int, size: int, seed: int, shown: bool = True
 ) -> Views:
     """Cut views out of photos and note what the teacher sees; goes on where an earlier run was stopped.
@@ -166,7 +164,7 @@ def prepare(
             whole = images.load(paths[photo], teacher.size)
             for view in range(views):
                 part = _part(whole, (seed, photo, view)) if view else whole
-                picture = Image.fromarray(part.permute(1, 2, 0).numpy())
+                picture = Image.fromarray(np.ascontiguousarray(part.transpose(1, 2, 0)))
                 large, small = (picture.resize((s, s), Image.Resampling.BILINEAR) for s in (teacher.size, size))
                 answers[photo, view] = teacher(np.asarray(large))
                 pixels[photo, view] = np.asarray(small).transpose(2, 0, 1)
@@ -209,8 +207,8 @@ def _done(note: Path, stamp: dict[str, Any]) -> int:
     return done
 
 
-def _part(whole: UInt8[Tensor, "3 size size"], entropy: tuple[int, ...]) -> UInt8[Tensor, "3 height width"]:
-    """A random rectangle of a photo (Szegedy et al. 2015)."""
+def _part(whole: npt.NDArray[np.uint8], entropy: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+    """A random rectangle of a photo `(3, size, size)` (Szegedy et al. 2015)."""
     random = np.random.default_rng(entropy)
     side = whole.shape[-1]
     area, ratio = random.uniform(*_SCALE), math.exp(random.uniform(*np.log(_RATIO)))

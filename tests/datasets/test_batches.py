@@ -139,7 +139,7 @@ def test_tokens_inputs_and_targets():
     vocabulary = Vocabulary.build(texts, 1)
     examples = [Example("x", Path("x.png"), texts[:2], "train"), Example("y", Path("y.png"), texts[2:], "train")]
     batch = CaptionDataset(examples, vocabulary, source(), np.array([4, 2])).batch(np.array([2, 0, 1]))
-    a, dog, runs = (vocabulary.tokenizer.token_to_id(word) for word in ("a", "dog", "runs"))
+    a, dog, runs = (vocabulary.id_of(word) for word in ("a", "dog", "runs"))
     start, end, pad = vocabulary.start, vocabulary.end, vocabulary.pad
     assert batch.tokens.tolist() == [
         [start, a, dog, end, pad],

@@ -374,7 +374,7 @@ def test_photos_become_features(tmp_path, encoder, album):
     assert told == [(0, 10), (4, 10), (8, 10), (10, 10)]
     assert set(store.row_of) == set(range(10))
     for example in album:
-        expected = encoder(images.load(example.path, 32)[None])[0]
+        expected = encoder(torch.from_numpy(images.load(example.path, 32)[None]))[0]
         found = torch.from_numpy(store.features()[store.row_of[example.image_id]].astype(np.float32))
         assert torch.allclose(found, expected, rtol=2e-3, atol=1e-5)
         assert store.size_of(example.image_id) == example.path.stat().st_size

@@ -230,10 +230,10 @@ def test_the_preset_learns_to_describe_what_it_has_never_seen(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     request.addfinalizer(AcceleratorState._reset_state)  # a process keeps to one precision; other tests have theirs
     AcceleratorState._reset_state()
-    assert cli.train(["shapes", "--tracking", "none", "--optimisation.epochs", "5"]) == 0
+    assert cli.run("train", ["shapes", "--tracking", "none", "--optimisation.epochs", "5"]) == 0
     history = json.loads((tmp_path / "runs/shapes/last/training.json").read_text())
     assert history["best_cider"] >= 3
-    assert cli.caption([str(tmp_path / "data/shapes/images/shapes-003000.png"), "--model", "runs/shapes"]) == 0
+    assert cli.run("caption", [str(tmp_path / "data/shapes/images/shapes-003000.png"), "--model", "runs/shapes"]) == 0
     sentence = capsys.readouterr().out.splitlines()[-1].split()
     assert set(sentence) & set(COLOURS)
     assert set(sentence) & set(SHAPES)

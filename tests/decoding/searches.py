@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
-import torch
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from captioner.config import DecoderConfig
-from captioner.networks.decoder import Decoder
+from captioner.decoding.step import Likeliest
 
 WORDS = "abcdefgh"
 
@@ -30,17 +29,40 @@ SPECIAL = Special()
 SIZE = 12
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads only get in each other's way with models as small as these."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield threads
-    torch.set_num_threads(threads)
+def log_softmax(logits):
+    with np.errstate(invalid="ignore", divide="ignore"):
+        shifted = logits - logits.max(axis=1, keepdims=True)
+        return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+class Logits:
+    """A model told by its logits: a child defines `vocabulary_size`, `begin(features)` and `read(tokens, state)`."""
+
+    rows = 0  # that it was asked about
+
+    def start(self, features):
+        return self.begin(features)
+
+    def step_all(self, tokens, parents, state):
+        self.rows += len(tokens)
+        assert len(tokens) == len(parents)
+        logits, state = self.read(tokens, state[parents])
+        assert len(logits) == len(tokens)
+        return log_softmax(logits.astype(np.float64)).astype(np.float32), state
+
+    def step(self, tokens, parents, state, count, named):
+        assert 1 <= count <= self.vocabulary_size
+        logprob, state = self.step_all(tokens, parents, state)
+        # As its definition says: sorted, of equals the lower id first; rows without numbers have any words.
+        word = np.argsort(-logprob, axis=1, kind="stable")[:, :count]
+        answer = Likeliest(np.take_along_axis(logprob, word, 1), word, logprob[:, named])
+        for part in answer:
+            part.flags.writeable = False
+        return answer, state
 
 
 @dataclass
-class Table:
+class Table(Logits):
     """A model whose next word depends on every word before: a table of random logits, looked up by the whole past."""
 
     seed: int = 0
@@ -48,22 +70,32 @@ class Table:
     sharpness: float = 1.0
 
     def __post_init__(self):
-        generator = torch.Generator().manual_seed(self.seed)
-        self.logits = torch.randn(997, self.size, generator=generator) * self.sharpness
-        self.rows = 0  # that it was asked about
+        self.logits = np.random.default_rng(self.seed).normal(size=(997, self.size)) * self.sharpness
+        self.logits = self.logits.astype(np.float32)
 
-    def start(self, features):
-        return (features[None, :, :1].double(),)
+    @property
+    def vocabulary_size(self):
+        return self.size
 
-    def step(self, tokens, state):
-        self.rows += len(tokens)
-        code = (state[0][0, :, 0] * 31 + tokens + 1) % 997
-        return self.logits[code.long()], (code[None, :, None],)
+    def begin(self, features):
+        return features[:, 0].astype(np.int64)
+
+    def read(self, tokens, state):
+        code = (state * 31 + tokens + 1) % 997
+        return self.logits[code].copy(), code
 
 
 def photos(*numbers):
-    features = torch.zeros(len(numbers), 4096)
-    features[:, 0] = torch.tensor(numbers, dtype=torch.float32)
+    features = np.zeros((len(numbers), 4096), np.float32)
+    features[:, 0] = numbers
+    return features
+
+
+def random_photos(count, seed=0):
+    """Photos whose numbers a table can look up, and whose other numbers differ too."""
+    generator = np.random.default_rng(seed)
+    features = generator.random((count, 4096), dtype=np.float32)
+    features[:, 0] = generator.integers(0, 900, count)
     return features
 
 
@@ -86,8 +118,8 @@ def logprobs(model, photo, tokens):
     """Log-probabilities of the word after `tokens`, one plain step after another."""
     state = model.start(photos(photo))
     for token in (SPECIAL.start, *tokens):
-        logits, state = model.step(torch.tensor([token]), state)
-    return logits[0].double().log_softmax(0).tolist()
+        found, state = model.step_all(np.array([token]), np.zeros(1, np.int64), state)
+    return found[0].tolist()
 
 
 def allowed(tokens, size, options):
@@ -168,16 +200,8 @@ searches = st.fixed_dictionaries(
 models = st.builds(Table, st.integers(0, 10**6), st.sampled_from([7, 8]), st.sampled_from([0.1, 1.0, 4.0, 100.0]))
 
 
-@pytest.fixture(scope="module")
-def decoder():
-    torch.manual_seed(0)
-    decoder = Decoder(DecoderConfig(hidden_size=64, embedding_size=32), 2500).eval()
-    with torch.no_grad():
-        decoder.output.weight.mul_(100)
-        decoder.output.bias.normal_()
-        decoder.output.bias[SPECIAL.end] += 4
-    return decoder
-
+LARGE = Table(7, size=2500, sharpness=3.0)
+LARGE.logits[:, SPECIAL.end] += 5.0
 
 ways = {
     "greedy": {"beam_size": 1},
@@ -186,7 +210,8 @@ ways = {
     "groups": {"beam_size": 6, "beam_groups": 3, "num_captions": 2},
     "required": {"required_words": ("a", "b c|d")},
     "sample": {"method": "sample", "num_captions": 3},
-    "nucleus": {"method": "sample", "temperature": 0.8, "top_k": 50, "top_p": 0.9, "typical_p": 0.9},
+    "top k": {"method": "sample", "temperature": 0.8, "top_k": 50, "top_p": 0.9, "no_repeat_ngram": 1},
+    "nucleus": {"method": "sample", "num_captions": 2, "top_p": 0.9, "no_repeat_ngram": 2},
 }
 
 

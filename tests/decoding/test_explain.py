@@ -2,12 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from searches import SPECIAL, Table, logprobs, models, one_thread, photos  # noqa: F401 - a fixture that applies by itself
+from searches import SPECIAL, Table, logprobs, models, photos
 
 from captioner.config import DecodingOptions
 from captioner.decoding.explain import explain, render
@@ -33,6 +33,8 @@ WAYS = [
     {"beam_size": 4, "beam_groups": 2, "num_captions": 2},
     {"required_words": ("a",)},
     {"method": "sample", "num_captions": 2},
+    {"method": "sample", "top_k": 1},
+    {"no_repeat_ngram": 1, "length_normalisation": "average"},
 ]
 
 
@@ -98,12 +100,12 @@ def test_drawing_marks_winner_and_dims_pruned():
 
 def test_one_photo_at_a_time():
     with pytest.raises(ValueError, match="there are 2 photos; expected one"):
-        explain(Table(), torch.zeros(2, 4096), SPECIAL, DecodingOptions())
+        explain(Table(), np.zeros((2, 4096)), SPECIAL, DecodingOptions())
 
 
 def test_words_that_cannot_be_had_are_explained_away():
     model, options = Table(), DecodingOptions(required_words=("a",))
-    model.logits[:, SPECIAL.encode(["a"])[0][1]] = -torch.inf
+    model.logits[:, SPECIAL.encode(["a"])[0][1]] = -np.inf
     explanation = explain(model, photos(1), SPECIAL, options)
     assert list(explanation.captions) == decode(model, photos(1), SPECIAL, options)[0]
     assert not explanation.captions[0].satisfied

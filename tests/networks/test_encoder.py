@@ -102,9 +102,12 @@ def test_a_photo_too_small_for_the_network():
 
 
 @pytest.mark.parametrize("name", ["squeezenet1_1", "googlenet", "tiny", "mini"])
-def test_random_weights_are_the_same_every_time(name, caplog):
+def test_random_weights_are_the_same_every_time(name, caplog, monkeypatch):
     torch.manual_seed(1)
-    first = encoder(name)
+    with monkeypatch.context() as patch:  # `torch.manual_seed` would reseed the generators of all GPUs
+        patch.setattr(torch, "manual_seed", lambda *_: pytest.fail("reseeds the caller's GPUs"))
+        patch.setattr(torch.cuda, "manual_seed_all", lambda *_: pytest.fail("reseeds the caller's GPUs"))
+        first = encoder(name)
     assert f"the weights of {name} are random: good for tests, not for photos" in caplog.text
     drawn = torch.rand(1)
     torch.manual_seed(1)
@@ -112,6 +115,14 @@ def test_random_weights_are_the_same_every_time(name, caplog):
     second = encoder(name)
     assert first.weights_sha256 == second.weights_sha256
     assert torch.equal(first(photos()), second(photos()))
+
+
+def test_features_of_arrays():
+    network = encoder("tiny", size=32, trainable=True)
+    pixels = photos(3, 32)
+    features = network.features(pixels.numpy())
+    assert features.dtype == np.float32
+    assert np.array_equal(features, network(pixels).detach().numpy())
 
 
 def test_a_batch_equals_its_singles():
@@ -372,7 +383,7 @@ def real(shared):
 @pytest.mark.shared
 def test_golden_tensor_of_a_drawn_picture(real):
     assert real.weights_sha256 == "ef7efb1afa1ac494811b4ebcae68813083abe4d7fa16fa3a94e85c7e6244a8d7"
-    (features,) = real(images.load(drawn(), 224)[None])
+    (features,) = real(torch.from_numpy(images.load(drawn(), 224))[None])
     largest = features.topk(8)
     assert features.norm().item() == pytest.approx(212.161, rel=1e-4)
     assert dict(zip(largest.indices.tolist(), largest.values.tolist(), strict=True)) == pytest.approx(
@@ -393,7 +404,8 @@ def test_golden_tensor_of_a_drawn_picture(real):
 
 @pytest.mark.shared
 def test_golden_tensor_of_a_real_photo(real, shared):
-    (features,) = real(images.load(shared / "flickr8k/images/1000268201_693b08cb0e.jpg", 224)[None])
+    photo = images.load(shared / "flickr8k/images/1000268201_693b08cb0e.jpg", 224)
+    (features,) = real(torch.from_numpy(photo)[None])
     largest = features.topk(8)
     # Decoders of JPEG may differ by a shade.
     assert features.norm().item() == pytest.approx(306.987, rel=5e-3)
@@ -406,7 +418,7 @@ def test_golden_tensor_of_a_real_photo(real, shared):
 @pytest.mark.shared
 def test_real_weights_give_a_batch_what_they_give_its_singles(real, shared):
     paths = sorted((shared / "flickr8k/images").iterdir())[:6]
-    pixels = torch.stack([images.load(path, 224) for path in paths])
+    pixels = torch.from_numpy(np.stack([images.load(path, 224) for path in paths]))
     together = real(pixels)
     assert torch.allclose(torch.cat([real(photo[None]) for photo in pixels]), together, rtol=1e-4, atol=1e-3)
     similar = F.cosine_similarity(together[:, None], together[None], dim=2)

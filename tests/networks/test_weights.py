@@ -1,13 +1,15 @@
 """Files of tensors: what is read, what is refused, and what a fingerprint means."""
 
+import json
 import os
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from captioner.errors import WeightsError
+from captioner.errors import CheckpointError, WeightsError
 from captioner.networks import weights
 
 
@@ -111,34 +113,45 @@ def test_differences():
     )
 
 
-def test_below():
-    assert weights.below("a.", {"a.b": 1, "a.a.c": 2, "ab": 3, "b.a.d": 4}) == {"b": 1, "a.c": 2}
+def test_differences_in_type():
+    template = {"a": torch.ones(2), "count": torch.tensor(1)}
+    assert weights.differences(template, template | {"a": torch.ones(2).bfloat16()}) == ""
+    assert weights.differences(template, template | {"a": torch.ones(2).long()}) == "a is int64 instead of float32"
+    assert weights.differences(template, template | {"a": torch.ones(2, dtype=torch.complex64)}) == (
+        "a is complex64 instead of float32"
+    )
+    assert weights.differences(template, template | {"count": torch.tensor(1.0)}) == "count is float32 instead of int64"
 
 
-def test_packed_numbers_are_at_most_half_a_step_away() -> None:
-    state = {
-        "kernel": torch.randn(7, 5, 3, 3) * torch.logspace(-4, 2, 7).view(7, 1, 1, 1),
-        "matrix": torch.randn(4, 9),
-        "zeros": torch.cat([torch.zeros(1, 6), torch.ones(1, 6)]),
-        "bias": torch.randn(4),
-        "count": torch.tensor(3),
-        "ids": torch.arange(6).view(2, 3),
-    }
-    packed = weights.pack(state)
-    assert {name for name, tensor in packed.items() if tensor.dtype == torch.int8} == {"kernel", "matrix", "zeros"}
-    back = weights.unpack(packed)
-    assert list(back) == list(state)
-    for name in ("bias", "count", "ids", "zeros"):
-        assert torch.equal(back[name], state[name])
-    for name in ("kernel", "matrix"):
-        largest = state[name].abs().flatten(1).amax(1)
-        error = (back[name] - state[name]).abs().flatten(1).amax(1)
-        assert (error <= largest / 127 / 2 * 1.0001).all()
-        assert (error > largest / 127 / 20).all()  # of 8 bits it is
-    again = weights.unpack(weights.pack(back))
-    assert all(torch.equal(again[name], back[name]) for name in back)
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pth"])
+def test_numbers_that_are_not_finite(tmp_path, name, number):
+    broken = state() | {"layer.weight": torch.tensor([1.0, number])}
+    save_file(broken, tmp_path / name) if name.endswith("s") else torch.save(broken, tmp_path / name)
+    with pytest.raises(WeightsError, match=rf"{name}: layer\.weight holds numbers that are not finite; give other"):
+        weights.read(tmp_path / name)
 
 
-def test_what_is_not_packed_stays_as_it_is() -> None:
-    state = {"matrix": torch.randn(4, 9), "bias": torch.randn(4)}
-    assert all(torch.equal(weights.unpack(state)[name], state[name]) for name in state)
+def test_arrays_and_back():
+    tensors = {"a": torch.randn(2, 3).t(), "count": torch.tensor(3)}
+    arrays = weights.arrays(tensors)
+    assert {name: type(array) for name, array in arrays.items()} == dict.fromkeys(tensors, np.ndarray)
+    back = weights.tensors_of(arrays)
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+    assert weights.fingerprint(arrays) == weights.fingerprint(tensors)
+
+
+def test_a_network_is_filled():
+    layer = torch.nn.Linear(3, 2)
+    given = {"weight": np.ones((2, 3), np.float32), "bias": np.zeros(2, np.float32)}
+    weights.fill(layer, given, "model")
+    assert layer(torch.ones(1, 3)).tolist() == [[3.0, 3.0]]
+    with pytest.raises(CheckpointError, match=r"^model: does not fit its config.json: bias is missing; fetch"):
+        weights.fill(layer, {"weight": given["weight"]}, "model")
+    with pytest.raises(CheckpointError, match=r"bias is int64 instead of float32"):
+        weights.fill(layer, given | {"bias": np.zeros(2, np.int64)}, "model")
+
+
+def test_the_cnn_of_the_box():
+    config = json.loads((weights.PRETRAINED / "mini" / "config.json").read_text())
+    assert weights.fingerprint(weights.packaged("mini")) == config["encoder"]["weights_sha256"]

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from helpers import make_photo
 from PIL import Image
 
@@ -42,7 +41,7 @@ def photos(folder: Path, count: int = 5) -> list[Path]:
 
 
 def prepare(folder: Path, paths: list[Path], seen: Any = None, **changes: Any) -> Views:
-    return teacher.prepare(folder, seen or Colours(), paths, **({"views": 3, "size": 32, "seed": 0} | changes))
+    return teacher.cut_views(folder, seen or Colours(), paths, **({"views": 3, "size": 32, "seed": 0} | changes))
 
 
 def test_the_first_view_is_the_whole_photo(tmp_path: Path) -> None:
@@ -51,7 +50,7 @@ def test_the_first_view_is_the_whole_photo(tmp_path: Path) -> None:
     assert views.pixels.shape == (5, 3, 3, 32, 32)
     assert views.answers.shape == (5, 3, 2, 2, 6)
     for number, path in enumerate(paths):
-        whole = images.load(path, 48).permute(1, 2, 0).numpy()
+        whole = images.load(path, 48).transpose(1, 2, 0)
         small = Image.fromarray(whole).resize((32, 32), Image.Resampling.BILINEAR)
         assert np.array_equal(views.pixels[number, 0], np.asarray(small).transpose(2, 0, 1))
         assert np.array_equal(views.answers[number, 0], Colours()(whole))
@@ -66,22 +65,22 @@ def test_the_teacher_sees_what_the_student_will(tmp_path: Path) -> None:
 
 
 def test_parts_are_rectangles_of_the_photo_and_follow_from_the_seed() -> None:
-    row = torch.arange(100, dtype=torch.uint8)
-    whole = torch.stack([row[:, None].expand(100, 100), row[None].expand(100, 100), torch.zeros(100, 100).byte()])
+    rows, columns = np.indices((100, 100), np.uint8)
+    whole = np.stack([rows, columns, np.zeros_like(rows)])
     shares, ratios = [], []
     for number in range(300):
         part = _part(whole, (0, number, 1))
         height, width = part.shape[1:]
         top, left = int(part[0, 0, 0]), int(part[1, 0, 0])
-        assert torch.equal(part, whole[:, top : top + height, left : left + width])
+        assert np.array_equal(part, whole[:, top : top + height, left : left + width])
         shares.append(height * width / 100**2)
         ratios.append(width / height)
-        assert torch.equal(part, _part(whole, (0, number, 1)))
+        assert np.array_equal(part, _part(whole, (0, number, 1)))
     assert 0.27 < min(shares) < 0.4
     assert 0.85 < max(shares) <= 1
     assert 0.7 < min(ratios) < 0.8
     assert 1.25 < max(ratios) < 1.4
-    assert not torch.equal(_part(whole, (0, 1, 1)), _part(whole, (1, 1, 1)))
+    assert not np.array_equal(_part(whole, (0, 1, 1)), _part(whole, (1, 1, 1)))
 
 
 def test_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +147,7 @@ def test_a_real_teacher(shared: Path) -> None:
     assert (network.size, network.shape) == (224, (7, 7, 1280))
     assert network.scale == pytest.approx(0.17057, abs=1e-5)
     some = sorted((shared / "coco" / "val2017").glob("*.jpg"))[:3]
-    answers = [network(images.load(path, 224).permute(1, 2, 0).numpy()) for path in some]
+    answers = [network(np.ascontiguousarray(images.load(path, 224).transpose(1, 2, 0))) for path in some]
     assert all(answer.shape == (7, 7, 1280) and answer.dtype == np.uint8 for answer in answers)
     # The network's own average of the map, which is what its classifier reads.
     average = network._idle[0].get_tensor(192)[0, 0, 0]

@@ -18,6 +18,8 @@ from captioner.datasets.annotations import Example
 from captioner.datasets.batches import Batch
 from captioner.errors import CaptionerError
 from captioner.metrics import CiderD
+from captioner.networks.decoder import Decoder
+from captioner.networks.inference import TorchEngine
 from captioner.training.reward import Reward
 from captioner.training.trainer import train
 
@@ -29,10 +31,15 @@ def some_batch(count: int) -> Batch:
     return Batch(torch.rand(count, 4096, generator=generator), numbers + 10, numbers, nothing, torch.ones_like(numbers))
 
 
+def decoder_of(model: Captioner) -> Decoder:
+    assert isinstance(model.engine, TorchEngine)
+    return model.engine.decoder
+
+
 @pytest.fixture
 def model() -> Captioner:
     model = make_model()
-    torch.nn.init.normal_(model.decoder.output.weight, std=0.3)  # unsure, so that it draws different captions
+    torch.nn.init.normal_(decoder_of(model).output.weight, std=0.3)  # unsure, so that it draws different captions
     return model
 
 
@@ -45,14 +52,14 @@ def examples(model: Captioner) -> list[Example]:
 def test_what_is_drawn_is_weighed_by_what_it_is_worth(model: Captioner, examples: list[Example]) -> None:
     vocabulary, batch = model.vocabulary, some_batch(4)
     reward = Reward(examples, np.arange(10, 14), vocabulary)
-    drawn = reward.draw(model.decoder, batch.photos, batch, seed=1)
+    drawn = reward.draw(decoder_of(model), batch.photos, batch, seed=1)
     found = drawn.batch
     assert found.photo.tolist() == [n for n in range(4) for _ in range(5)]
     assert (found.tokens[:, 0] == vocabulary.start).all()
     ends = [vocabulary.end in row for row in found.tokens.tolist()]
     assert any(ends)
     hypotheses = [
-        [vocabulary.tokenizer.id_to_token(index) for index in row[1:length]]
+        [vocabulary.word_of(index) for index in row[1:length]]
         for row, length in zip(found.tokens.tolist(), found.lengths.tolist(), strict=True)
     ]
     assert all("[end]" not in words[:-1] and "[pad]" not in words for words in hypotheses)
@@ -72,14 +79,14 @@ def test_what_is_drawn_is_weighed_by_what_it_is_worth(model: Captioner, examples
 
 def test_another_seed_draws_other_captions(model: Captioner, examples: list[Example]) -> None:
     reward, batch = Reward(examples, np.arange(10, 14), model.vocabulary), some_batch(4)
-    one, same, other = (reward.draw(model.decoder, batch.photos, batch, seed=seed).batch for seed in (1, 1, 2))
+    one, same, other = (reward.draw(decoder_of(model), batch.photos, batch, seed=seed).batch for seed in (1, 1, 2))
     assert torch.equal(one.tokens, same.tokens)
     assert one.tokens.shape != other.tokens.shape or not torch.equal(one.tokens, other.tokens)
 
 
 def test_its_gradient_raises_the_expected_reward(model: Captioner, examples: list[Example]) -> None:
     reward, batch = Reward(examples, np.arange(10, 14), model.vocabulary), some_batch(4)
-    decoder = model.decoder
+    decoder = decoder_of(model)
     optimiser = torch.optim.Adam(decoder.parameters(), 0.01)
     rewards = []
     for step in range(150):
@@ -97,9 +104,9 @@ def test_its_gradient_raises_the_expected_reward(model: Captioner, examples: lis
 def test_what_is_never_drawn_gains_nothing(model: Captioner, examples: list[Example]) -> None:
     vocabulary, batch = model.vocabulary, some_batch(4)
     reward = Reward(examples, np.arange(10, 14), vocabulary)
-    drawn = reward.draw(model.decoder, batch.photos, batch, seed=1)
+    drawn = reward.draw(decoder_of(model), batch.photos, batch, seed=1)
     found = drawn.batch
-    logits = model.decoder(found.photos[found.photo], found.inputs, found.keep).detach().requires_grad_()
+    logits = decoder_of(model)(found.photos[found.photo], found.inputs, found.keep).detach().requires_grad_()
     reward.loss(logits, drawn).backward()
     assert logits.grad is not None
     gains = logits.grad.abs().sum(0) > 0
@@ -120,23 +127,45 @@ def test_a_run_begins_with_the_model_of_another(data: Path, tmp_path: Path) -> N
     first = make_config(data, tmp_path / "first", epochs=1)
     train(first)
     still = second(first, tmp_path / "second", learning_rate=1e-12)
-    train(replace(still, min_count=3, decoder=replace(still.decoder, hidden_size=999)))
+    train(replace(still, min_count=3))
     one, two = (checkpoint.read(tmp_path / name / "best") for name in ("first", "second"))
     assert one.decoder == two.decoder
     assert one.vocabulary.sha256 == two.vocabulary.sha256
     for name, tensor in one.decoder_state.items():
         if not name.startswith("standard"):
-            assert torch.allclose(tensor, two.decoder_state[name], atol=1e-8)
+            assert np.allclose(tensor, two.decoder_state[name], atol=1e-8)
     train(second(first, tmp_path / "third", encoder_learning_rate=0.01))
     third = checkpoint.read(tmp_path / "third" / "best")
     assert one.encoder_state is not None
     assert third.encoder_state is not None
-    assert any(not torch.equal(tensor, third.encoder_state[name]) for name, tensor in one.encoder_state.items())
+    assert any(not np.array_equal(tensor, third.encoder_state[name]) for name, tensor in one.encoder_state.items())
     fourth = second(replace(first, output=tmp_path / "third"), tmp_path / "fourth")
     train(replace(fourth, data=replace(first.data, features=tmp_path / "others")))  # its CNN is with it
     last = checkpoint.read(tmp_path / "fourth" / "best")
     assert last.encoder_sha256 == third.encoder_sha256
     assert last.encoder_state is not None
+
+
+@pytest.mark.parametrize(
+    ("part", "settings", "said"),
+    [
+        (
+            "decoder",
+            {"hidden_size": 999},
+            "decoder.hidden_size is 999, and the model to start with has 16; leave out",
+        ),
+        ("encoder", {"image_size": 48}, "encoder.image_size is 48, and the model to start with has 32; leave out"),
+    ],
+)
+def test_a_model_to_start_with_has_its_own_networks(
+    data: Path, tmp_path: Path, part: str, settings: dict[str, Any], said: str
+) -> None:
+    model = make_model()
+    model.save_pretrained(tmp_path / "first")
+    config = second(make_config(data, tmp_path / "first"), tmp_path / "second")
+    with pytest.raises(CaptionerError, match=said):
+        train(replace(config, **{part: replace(getattr(config, part), **settings)}))
+    assert not (tmp_path / "second").exists()
 
 
 def test_a_run_with_reward_goes_on_where_it_was_stopped(
@@ -164,7 +193,7 @@ def test_a_run_with_reward_goes_on_where_it_was_stopped(
     assert [e["train_loss"] for e in found.epochs] == [e["train_loss"] for e in expected.epochs]
     assert found.epochs[0]["train_loss"] <= 0  # minus the reward
     one, two = (checkpoint.read(tmp_path / name / "last") for name in ("whole", "parts"))
-    assert all(torch.equal(tensor, two.decoder_state[name]) for name, tensor in one.decoder_state.items())
+    assert all(np.array_equal(tensor, two.decoder_state[name]) for name, tensor in one.decoder_state.items())
 
 
 def test_a_reward_needs_a_model_that_writes(data: Path, tmp_path: Path) -> None:
@@ -174,12 +203,11 @@ def test_a_reward_needs_a_model_that_writes(data: Path, tmp_path: Path) -> None:
         make_config(data, tmp_path, objective="cider")
 
 
-def test_a_model_that_writes_nothing(data: Path, tmp_path: Path) -> None:
-    first = make_config(data, tmp_path / "first", epochs=1)
-    train(first)
-    broken = Captioner.from_pretrained(tmp_path / "first")
-    torch.nn.init.constant_(broken.decoder.output.weight, torch.nan)
+def test_a_model_whose_weights_are_not_finite(data: Path, tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path / "first")
+    broken = Captioner.from_pretrained(tmp_path / "first", engine="torch")
+    torch.nn.init.constant_(decoder_of(broken).output.weight, torch.nan)
     broken.save_pretrained(tmp_path / "broken")
-    config = second(replace(first, output=tmp_path / "broken"), tmp_path / "second", objective="cider")
-    with pytest.raises(CaptionerError, match=r"^the loss is nan at step 0; the checkpoints of earlier epochs are kept"):
+    config = second(make_config(data, tmp_path / "broken"), tmp_path / "second", objective="cider")
+    with pytest.raises(CaptionerError, match=r"decoder.output.weight holds numbers that are not finite"):
         train(config)

@@ -221,3 +221,24 @@ def test_nothing_is_a_tracker_too() -> None:
     tracker.finish({})
     tracker.abandon()
     assert tracker.run_id is None
+
+
+def test_steps_that_are_computed_again_are_not_reported_twice(tmp_path: Path) -> None:
+    """A run that goes on from step 20 computes steps up to 40 again, which it had reported before it was killed."""
+    logged: list[tuple[int, str]] = []
+
+    class Run:
+        def log(self, values: dict[str, float]) -> None:
+            logged.extend((int(values["step"]), name) for name in values if name != "step")
+
+    first = Tracker(Run(), tmp_path / "reported.json")  # type: ignore[arg-type]
+    for step in (20, 40):
+        first.log(step, {"train/loss": 1.0})
+    first.log(40, {"val/cider": 0.5})
+    again = Tracker(Run(), tmp_path / "reported.json")  # type: ignore[arg-type]
+    for step in (40, 60):
+        again.log(step, {"train/loss": 1.0})
+        again.log(step, {"val/cider": 0.5})
+    assert logged == [(20, "train/loss"), (40, "train/loss"), (40, "val/cider"), (60, "train/loss"), (60, "val/cider")]
+    (tmp_path / "reported.json").write_text("damaged")
+    Tracker(Run(), tmp_path / "reported.json").log(1, {"train/loss": 1.0})  # type: ignore[arg-type]

@@ -19,15 +19,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import data, isolated, make_config, make_data, make_photo, train_arguments  # noqa: F401
+from helpers import ENCODER, data, isolated, make_config, make_data, make_photo, train_arguments  # noqa: F401
 from safetensors.torch import load_file
 
 from captioner import Captioner, checkpoint, cli, files, metrics
 from captioner.config import DataConfig, TrainingConfig
-from captioner.datasets.annotations import load
+from captioner.datasets import shapes
+from captioner.datasets.annotations import load, load_dataset
 from captioner.errors import CaptionerError, CheckpointError
+from captioner.networks.encoder import Encoder
 from captioner.training import run as run_folder
 from captioner.training import trainer
+from captioner.training.presets import PRESETS
 from captioner.training.trainer import History, Trainer, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,6 +57,11 @@ def scores_in_order(monkeypatch: pytest.MonkeyPatch, *cider: float) -> None:
     said = iter(cider)
     names = [name for name in metrics.METRICS if name != "cider"]
     monkeypatch.setattr(metrics, "score", lambda *_: {**dict.fromkeys(names, 0.1), "cider": next(said)})
+
+
+def load_model(run: Path) -> Captioner:
+    """The best model of a run, with the arithmetic of validation."""
+    return Captioner.from_pretrained(run, engine="torch", precision="fp32")
 
 
 def everything_learnt(run: Path) -> dict[str, Any]:
@@ -115,14 +123,14 @@ def test_the_loss_falls(finished: tuple[TrainingConfig, History]) -> None:
     assert abs(losses[0] - np.log(27)) < 0.3  # at first it knows nothing
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0] - 0.5
-    assert history.epochs[-1]["val_loss"] < history.epochs[0]["val_loss"] - 0.5
+    assert history.epochs[-1]["val_loss"] < history.epochs[0]["val_loss"] - 0.4
 
 
 def test_the_best_model_writes_the_captions_that_were_scored(finished: tuple[TrainingConfig, History]) -> None:
     config, history = finished
     results = json.loads((config.output / "captions_val.json").read_text())
     examples = load(config.data.data).split("val")
-    model = Captioner.from_pretrained(config.output)
+    model = load_model(config.output)
     assert [row["image_id"] for row in results] == [example.image_id for example in examples]
     assert [row["caption"] for row in results] == [model.caption(example.path).text for example in examples]
     scores = metrics.score(
@@ -158,10 +166,10 @@ def test_the_encoder_learns_where_it_may(data: Path, tmp_path: Path) -> None:
     assert history.epochs[-1]["train_loss"] < history.epochs[0]["train_loss"]
     assert not (tmp_path / "features").exists()
     states = [load_file(tmp_path / "run" / name / "model.safetensors") for name in ("best", "last")]
-    untrained = Captioner.from_pretrained(tmp_path / "run").encoder.__class__(config.encoder).body.state_dict()
+    untrained = Encoder(config.encoder).body.state_dict()
     assert all(not torch.equal(states[1][f"encoder.{name}"], untrained[name]) for name in untrained)
     results = json.loads((tmp_path / "run" / "captions_val.json").read_text())
-    model = Captioner.from_pretrained(tmp_path / "run")
+    model = load_model(tmp_path / "run")
     assert [row["caption"] for row in results] == [
         model.caption(example.path).text for example in load(data).split("val")
     ]
@@ -219,7 +227,7 @@ def test_killed_and_started_again(data: Path, tmp_path: Path) -> None:
     assert process.wait() == -signal.SIGKILL
     saved = json.loads((tmp_path / "parts" / "last" / "training.json").read_text())["epoch"]
     assert 1 <= saved < 40
-    assert cli.train(parts) == cli.train(whole) == 0
+    assert cli.run("train", parts) == cli.run("train", whole) == 0
     assert_same(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -268,14 +276,157 @@ def test_other_settings_are_refused(
     assert {path: path.read_bytes() for path in config.output.rglob("*") if path.is_file()} == before
 
 
-def test_settings_may_be_corrected_until_something_is_learnt(data: Path, tmp_path: Path) -> None:
+def test_settings_may_be_corrected_until_training_begins(data: Path, tmp_path: Path) -> None:
     config = make_config(data, tmp_path / "run", epochs=1)
-    wrong = replace(config, data=DataConfig(data=tmp_path / "nothing"))
+    wrong = replace(config, data=DataConfig(data=tmp_path / "nothing"), seed=3)
     with pytest.raises(CaptionerError, match="nothing: is not there"):
         train(wrong)
     train(config)
     assert json.loads((config.output / "config.json").read_text())["data"]["data"] == str(data)
     train(replace(config, tracking="none", project="another"))  # these may always change
+
+
+def test_other_settings_are_refused_before_the_first_checkpoint_too(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(data, tmp_path / "run", epochs=1)
+    with monkeypatch.context() as patch:
+        stop_in_epoch(patch, 1)
+        with pytest.raises(StoppedError):
+            train(config)
+    with pytest.raises(CheckpointError, match=r"seed was 0, now 1; choose another --output, or delete this one, in w"):
+        train(replace(config, seed=1))
+    assert not (tmp_path / "run" / "best").exists()
+
+
+def test_one_run_at_a_time(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second run, with other settings or the same, is refused for as long as the first one lives."""
+    config = make_config(data, tmp_path / "run", epochs=2)
+    epoch, refused = Trainer._epoch, []
+
+    def meanwhile(self: Trainer, *arguments: Any) -> dict[str, float]:
+        for other in (config, replace(config, seed=1)):
+            with pytest.raises(CheckpointError, match=r"run: another process is training there; wait until it ends"):
+                train(other)
+            refused.append(other)
+        return epoch(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "_epoch", meanwhile)
+    train(config)
+    assert len(refused) == 4
+    monkeypatch.setattr(Trainer, "_epoch", epoch)
+    assert train(config).epoch == 2  # the lock went with the run
+
+
+def test_a_run_of_an_earlier_version_goes_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its settings lack some of today's, and have some that are gone."""
+    whole, parts = (make_config(data, tmp_path / name, epochs=2) for name in ("whole", "parts"))
+    train(whole)
+    with monkeypatch.context() as patch:
+        stop_in_epoch(patch, 2)
+        with pytest.raises(StoppedError):
+            train(parts)
+    path = parts.output / "config.json"
+    settings = json.loads(path.read_text())
+    del settings["start"], settings["optimisation"]["mirror"], settings["decoding"]["forbidden_words"]
+    settings["decoding"] |= {"precision": "fp32", "typical_p": 1.0}
+    path.write_text(json.dumps(settings))
+    train(parts)
+    assert_same(whole.output, parts.output)
+
+
+def test_a_setting_of_a_later_version(data: Path, tmp_path: Path) -> None:
+    config = make_config(data, tmp_path / "run", epochs=1)
+    train(config)
+    path = config.output / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "colour": "red"}))
+    with pytest.raises(CheckpointError, match=r"config.json: not the settings of a run .*colour is no setting"):
+        train(config)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        None, [], "text", {"optimisation": None}, {"optimisation": {"epochs": "two"}}, {"optimisation": {"epochs": -2}},
+        {"decoding": 3}, {"data": {"data": None}}, {"seed": 1.5}, {"output": []}, {"seed": 10**30},
+    ],
+)  # fmt: skip
+def test_damaged_settings_are_one_line(finished: tuple[TrainingConfig, History], tmp_path: Path, damage: Any) -> None:
+    (tmp_path / "run").mkdir()
+    settings = json.loads((finished[0].output / "config.json").read_text())
+    changed = {**settings, **damage} if isinstance(damage, dict) else damage
+    (tmp_path / "run" / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(CheckpointError, match=r"config.json: not the settings .*; choose another --output") as caught:
+        train(replace(finished[0], output=tmp_path / "run"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"epoch": -1}, "epoch is -1; expected 0 or more"),
+        ({"epoch": 7}, "epoch is 7, and epochs holds 8 records"),
+        ({"epoch": None}, "epoch is null; expected a whole number"),
+        ({"epoch": 2.0}, "epoch is 2.0; expected a whole number"),
+        ({"best_epoch": 9}, "the best of 8 epochs is 9"),
+        ({"best_cider": float("nan")}, "the best of 8 epochs is"),
+        ({"seconds": float("inf")}, "seconds is inf"),
+        ({"run_id": 3}, "run_id is 3; expected a text"),
+        ({"epochs": {}}, r"epochs is \{\}; expected a list"),
+        ({"epochs": [{"cider": "high"}] * 8}, r"epochs\[0\].cider is 'high'; expected a number"),
+        ({"epochs": [{"cider": float("nan")}] * 8}, "epochs holds numbers that are not finite"),
+        ({"epochs": [{}] * 8}, "training.json lacks scores of an epoch"),
+        ({"best_epoch": 0}, "training.json lacks scores of an epoch"),
+    ],
+)
+def test_a_history_that_was_edited(
+    finished: tuple[TrainingConfig, History], tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    shutil.copytree(finished[0].output, tmp_path / "run")
+    path = tmp_path / "run" / "last" / "training.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(CheckpointError, match=said) as caught:
+        train(replace(finished[0], output=tmp_path / "run"))
+    assert "\n" not in str(caught.value)
+
+
+def test_leftovers_of_killed_runs_are_swept(data: Path, tmp_path: Path) -> None:
+    config = make_config(data, tmp_path / "run", epochs=1)
+    config.output.mkdir()
+    for name in (".config.json.123", ".captions_val.json.4567", ".config.json.mine", "config.json.123"):
+        (config.output / name).touch()
+    train(config)
+    left = {path.name for path in config.output.iterdir()}
+    assert {".config.json.mine", "config.json.123"} <= left
+    assert not left & {".config.json.123", ".captions_val.json.4567"}
+
+
+def test_words_that_are_all_too_rare(data: Path, tmp_path: Path) -> None:
+    config = replace(make_config(data, tmp_path / "run"), min_count=100_000)
+    with pytest.raises(
+        CaptionerError, match=r"no word of the captions is seen 100,000 times .*; give a lower --min-count"
+    ):
+        train(config)
+
+
+def test_the_generated_shapes_are_drawn_by_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train(PRESETS["shapes"])` needs no command line and no download."""
+    monkeypatch.chdir(tmp_path)
+    draw, drawn = shapes.generate, []
+
+    def generate(folder: Path) -> None:
+        drawn.append(folder)
+        draw(folder, train=12, val=4, size=32)
+
+    monkeypatch.setattr(shapes, "generate", generate)
+    preset = PRESETS["shapes"]
+    small = replace(preset.optimisation, epochs=1, batch_size=16, encoder_learning_rate=0.0)
+    decoder = replace(preset.decoder, hidden_size=16, embedding_size=8)
+    changes = {"optimisation": small, "decoder": decoder, "encoder": ENCODER}
+    train(replace(preset, **changes, tracking="none", precision="fp32"))
+    assert drawn == [Path("data/shapes")]
+    assert (tmp_path / "runs" / "shapes" / "best").is_dir()
+    assert load_dataset(preset.data).split("val")
 
 
 def change_captions(folder: Path, change: Callable[[str], str]) -> None:
@@ -352,7 +503,7 @@ def test_the_epoch_with_the_best_cider_is_kept(
     assert (best.training["epoch"], last.training["epoch"]) == (2, 4)
     assert best.training["scores"]["cider"] == 0.4
     results = json.loads((tmp_path / "run" / "captions_val.json").read_text())
-    model = Captioner.from_pretrained(tmp_path / "run")
+    model = load_model(tmp_path / "run")
     assert [row["caption"] for row in results] == [model.caption(e.path).text for e in load(data).split("val")]
 
 
@@ -425,10 +576,10 @@ def test_a_disk_that_fills_while_saving(
         scores_in_order(patch, 0.1, 0.2, 0.3)
         save, write_text = checkpoint.write, files.write
 
-        def fail_to_save(folder: Path, saved: checkpoint.Checkpoint, card: str, *, packed: bool) -> None:
+        def fail_to_save(folder: Path, saved: checkpoint.Checkpoint, card: str) -> None:
             if saved.training["epoch"] == 2 and fails in folder.name:
                 raise full
-            save(folder, saved, card, packed=packed)
+            save(folder, saved, card)
 
         def fail_to_write(path: Path, text: str) -> None:
             if fails in path.name and (tmp_path / "run" / "last").exists():
@@ -437,7 +588,7 @@ def test_a_disk_that_fills_while_saving(
 
         patch.setattr(checkpoint, "write", fail_to_save)
         patch.setattr(files, "write", fail_to_write)
-        assert cli.train(arguments) == 2
+        assert cli.run("train", arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert "No space left on device" in error
@@ -446,7 +597,7 @@ def test_a_disk_that_fills_while_saving(
     Captioner.from_pretrained(tmp_path / "run")
     with monkeypatch.context() as patch:
         scores_in_order(patch, 0.2, 0.3)
-        assert cli.train(arguments) == 0
+        assert cli.run("train", arguments) == 0
     assert "best epoch 3 of 3" in capsys.readouterr().out
 
 
@@ -468,7 +619,7 @@ def test_a_photo_that_cannot_be_read_is_left_out(tmp_path: Path, caplog: pytest.
         train(config)
     for example in bad:
         assert f"left out: {example.path}: not a photo" in caplog.text
-    model = Captioner.from_pretrained(tmp_path / "run")
+    model = load_model(tmp_path / "run")
     assert (model.training["train_photos"], model.training["val_photos"]) == (11, 3)
     results = json.loads((tmp_path / "run" / "captions_val.json").read_text())
     kept = [example for example in examples.split("val") if example not in bad]
@@ -544,14 +695,14 @@ def test_two_processes_train_one_model(data: Path, tmp_path: Path) -> None:
         "from captioner import cli\n"
         "from captioner.training import trainer\n"
         "run = trainer.Trainer.run\n"
-        "def note(self, settings):\n"
-        "    history = run(self, settings)\n"
+        "def note(self):\n"
+        "    history = run(self)\n"
         f"    path = os.path.join({str(tmp_path)!r}, 'rank' + os.environ['RANK'] + '.json')\n"
         "    json.dump([history.epoch, history.step, history.best_epoch, [e['cider'] for e in history.epochs],\n"
         "        [e['val_loss'] for e in history.epochs]], open(path, 'w'))\n"
         "    return history\n"
         "trainer.Trainer.run = note\n"
-        "sys.exit(cli.train(sys.argv[1:]))\n"
+        "sys.exit(cli.run('train', sys.argv[1:]))\n"
     )
     began = time.monotonic()
     done = subprocess.run(
@@ -574,5 +725,5 @@ def test_two_processes_train_one_model(data: Path, tmp_path: Path) -> None:
     assert done.stdout.count("best epoch") == 1
     assert done.stderr.count("epoch 1: loss") == 1
     results = json.loads((tmp_path / "run" / "captions_val.json").read_text())
-    model = Captioner.from_pretrained(tmp_path / "run")
+    model = load_model(tmp_path / "run")
     assert [row["caption"] for row in results] == [model.caption(e.path).text for e in load(data).split("val")]

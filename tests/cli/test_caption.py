@@ -1,6 +1,4 @@
-"""The commands as they are typed: what they print, where, and with which status they end."""
-
-# ruff: noqa: F811
+"""`captioner caption` as it is typed: what it prints, where, and with which status it ends."""
 
 import json
 import os
@@ -12,13 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import data, isolated, make_model, make_photo, train_arguments  # noqa: F401
+from helpers import isolated, make_model, make_photo  # noqa: F401
 
 from captioner import Captioner, cli
-from captioner.cli.output import as_json
 from captioner.config import DecodingOptions
-from captioner.errors import CaptionerError
-from captioner.training import trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 SAVED = DecodingOptions(max_words=5, min_words=2, beam_size=2)
@@ -41,7 +36,7 @@ def photos(tmp_path: Path) -> list[Path]:
 
 
 def run(model: Path, *arguments: object) -> int:
-    return cli.caption([*map(str, arguments), "--model", str(model)])
+    return cli.run("caption", [*map(str, arguments), "--model", str(model)], "caption.py")
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -108,34 +103,96 @@ def test_rows_of_json(model: Path, photos: list[Path], capsys: pytest.CaptureFix
 def test_a_file_takes_its_name_when_it_is_complete(
     model: Path, photos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    output, part = tmp_path / "out.txt", tmp_path / "out.txt.part"
     output.write_text("of an earlier run")
-    rows = as_json
     seen: list[tuple[str, int]] = []
 
-    def look(row: dict[str, object]) -> str:
+    def look(name: object) -> str:
         seen.append((output.read_text(), len(part.read_text().splitlines())))
-        return rows(row)
+        return str(name)
 
-    monkeypatch.setattr("captioner.cli.output.as_json", look)
-    assert run(model, *photos, "--format", "jsonl", "--output", output) == 0
+    monkeypatch.setattr("captioner.cli.output.one_line", look)
+    assert run(model, *photos, "--output", output) == 0
     assert seen == [("of an earlier run", 0), ("of an earlier run", 1), ("of an earlier run", 2)]  # row by row
     assert capsys.readouterr().out == ""
-    assert [json.loads(line)["image"] for line in output.read_text(encoding="utf-8").splitlines()] == [
-        str(photo) for photo in photos
-    ]
+    assert output.read_text(encoding="utf-8") == "".join(f"{photo}: {says(model, photo)}\n" for photo in photos)
     assert not part.exists()
 
 
 def test_what_was_written_stays_when_something_fails(
     model: Path, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = as_json
-    monkeypatch.setattr("captioner.cli.output.as_json", lambda row: rows(row) if "one" in str(row) else 1 / 0)
+    monkeypatch.setattr("captioner.cli.output.one_line", lambda text: str(text) if "one" in str(text) else 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        run(model, *photos, "--format", "jsonl", "--output", tmp_path / "out.jsonl")
-    assert not (tmp_path / "out.jsonl").exists()
-    assert len((tmp_path / "out.jsonl.part").read_text().splitlines()) == 1
+        run(model, *photos, "--output", tmp_path / "out.txt")
+    assert not (tmp_path / "out.txt").exists()
+    assert len((tmp_path / "out.txt.part").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [(), ("--format", "jsonl")])
+def test_rows_in_a_file(
+    model: Path, photos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    output = tmp_path / "out.jsonl"
+    assert run(model, *photos, *arguments, "--output", output) == 0
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines() == ["3 photos captioned", f"{output}: 3 photos"]
+    rows = output.read_bytes()
+    assert [json.loads(line) for line in rows.splitlines()] == [
+        {"image": str(photo), "caption": says(model, photo)} for photo in photos
+    ]
+    assert run(model, *photos, "--output", output) == 0  # once more
+    assert capsys.readouterr().err.startswith("0 photos captioned, 3 done before\n")
+    assert output.read_bytes() == rows
+    assert run(model, *photos, "--output", output, "--beam-size", 1) == 2
+    assert "out.jsonl.journal: was made with other options (beam_size 2, not 1); give the same" in one_line(capsys)
+    assert run(model, *photos, "--output", output, "--beam-size", 1, "--overwrite") == 0
+    assert run(model, "--list", "-", "--output", output) == 2
+
+
+def test_a_file_of_another_kind_of_run_is_not_replaced(
+    model: Path, photos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.csv"
+    output.write_text("of somebody else")
+    assert run(model, *photos, "--output", output) == 2
+    assert f"{output}: is there, and no journal says what is in it; give another --output, or --over" in one_line(
+        capsys
+    )
+    assert output.read_text() == "of somebody else"
+    assert run(model, *photos, "--output", output, "--overwrite") == 0
+    assert output.read_text().startswith("image,caption\n")
+
+
+def test_sidecars(model: Path, photos: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(model, photos[0].parent, "--format", "txt") == 0
+    assert photos[1].with_suffix(".txt").read_text() == says(model, photos[1]) + "\n"
+    assert capsys.readouterr().err == "3 photos captioned\n"
+    assert run(model, photos[0].parent, "--format", "xmp", "--sidecar-names", "photo.xmp", "--overwrite") == 0
+    assert says(model, photos[1]) in photos[1].with_suffix(".xmp").read_text()
+
+
+def test_formats_need_a_file(model: Path, photos: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(model, *photos, "--format", "csv") == 2
+    assert one_line(capsys) == "error: csv is no format for the screen; give --output FILE"
+    assert run(model, *photos, "--format", "txt", "--output", "x") == 2
+    assert "txt sidecars lie beside the photos; leave out --output" in one_line(capsys)
+
+
+def test_a_library_is_searched(
+    model: Path, photos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    library = tmp_path / "photos.db"
+    assert run(model, photos[0].parent, "--output", library) == 0
+    capsys.readouterr()
+    word = max(says(model, photos[0]).split(), key=len)
+    assert cli.run("search", [str(library), word, "--captions"]) == 0
+    assert f"{photos[0]}: {says(model, photos[0])}" in capsys.readouterr().out.splitlines()
+    assert cli.run("search", [str(library), "zeppelin"]) == 1
+    assert capsys.readouterr().err == "no photo has a caption with these words: zeppelin\n"
+    assert cli.run("search", [str(tmp_path / "none.db"), "dog"]) == 2
+    assert "none.db: is no library; make one: captioner caption FOLDER --output LIBRARY.db" in one_line(capsys)
 
 
 def test_an_output_that_cannot_be_written(
@@ -229,12 +286,24 @@ def test_no_photo_is_given(model: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert nothing in one_line(capsys)
 
 
+def test_a_name_that_begins_like_an_option(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_photo(tmp_path / "-dash.png")
+    monkeypatch.chdir(tmp_path)
+    assert run(model, "-dash.png") == 2
+    hint = "put -- before it: caption.py -- -dash.png"
+    assert one_line(capsys) == f"error: -dash.png: is a file whose name begins like an option; {hint}"
+    assert cli.run("caption", ["--model", str(model), "--", "-dash.png"]) == 0
+    assert capsys.readouterr().out == says(model, Path("-dash.png")) + "\n"
+
+
 def test_folders_and_files_that_are_not_there(
     model: Path, tmp_path: Path, photos: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
     assert run(model, photos[0], tmp_path / "empty") == 2
-    assert f"{tmp_path}/empty: no photo in this folder; expected files ending in .bmp, .gif" in one_line(capsys)
+    assert f"{tmp_path}/empty: no photo in this folder; expected files ending in .avif, .bmp" in one_line(capsys)
     assert run(model, tmp_path / "nothing.jpg", photos[0]) == 2
     assert f"{tmp_path}/nothing.jpg: no such file or folder" in one_line(capsys)
     assert run(model, "https://example.org/a.jpg") == 2
@@ -257,9 +326,9 @@ def test_weights_of_the_encoder_may_be_elsewhere(
 
     model = make_model()
     here, there = tmp_path / "here.safetensors", tmp_path / "there.safetensors"
-    state = {name: tensor.contiguous() for name, tensor in model.encoder.body.state_dict().items()}
+    state = {name: tensor.contiguous() for name, tensor in model.engine.encoder.body.state_dict().items()}
     save_file(state, here)
-    make_model(replace(model.encoder.config, weights=str(here))).save_pretrained(tmp_path / "model")
+    make_model(replace(model.engine.encoder.config, weights=str(here))).save_pretrained(tmp_path / "model")
     here.rename(there)
     assert run(tmp_path / "model", photos[0]) == 2
     assert "here.safetensors: no such weight file for tiny" in one_line(capsys)
@@ -276,13 +345,13 @@ def test_an_option_overrides_the_models_own_and_the_others_stay(
     from captioner.bulk import pipeline
 
     used: list[DecodingOptions] = []
-    stream = bulk.caption_photos
+    stream = pipeline.caption
 
-    def note(captioner: Captioner, paths: Sequence[Path], options: DecodingOptions) -> Any:
+    def note(captioner: Captioner, items: Any, options: DecodingOptions, **settings: Any) -> Any:
         used.append(options)
-        return stream(captioner, paths, options)
+        return stream(captioner, items, options, **settings)
 
-    monkeypatch.setattr(pipeline, "caption_photos", note)
+    monkeypatch.setattr(pipeline, "caption", note)
     assert run(model, photos[0]) == 0
     assert run(model, photos[0], "--max-words", 3) == 0
     assert run(model, photos[0], "--beam-size", 3, "--forbidden-words", "red", "a") == 0
@@ -323,70 +392,6 @@ def test_options_out_of_range(
     assert said in one_line(capsys)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("caption", "photo.jpg", "--no-such-option"),
-        ("caption", "photo.jpg", "--beam-size", "many"),
-        ("caption", "photo.jpg", "--format", "xml"),
-        ("evaluate", "--split", "all"),
-        ("train",),
-        ("train", "no-such-preset"),
-        ("train", "shapes", "--optimisation.learning-rate", "fast"),
-    ],
-)
-def test_what_cannot_be_parsed(
-    arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["captioner", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert caught.value.code == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err
-    assert "Traceback" not in captured.err
-
-
-def test_an_unknown_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["captioner", "describe"])
-    assert cli.main() == 2
-    assert capsys.readouterr().err == (
-        "captioner: 'describe' is no command; expected one of caption, train, evaluate, distil, compact\n"
-    )
-
-
-@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["-h"], 0), ([], 2)])
-def test_help(
-    arguments: list[str], status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["captioner", *arguments])
-    assert cli.main() == status
-    captured = capsys.readouterr()
-    for command in cli.COMMANDS:
-        assert command in captured.out
-
-
-@pytest.mark.parametrize(
-    ("command", "named"),
-    [
-        ("caption", ("--model", "--format", "--output", "--beam-size", "photos, or folders of photos")),
-        ("evaluate", ("--references", "--idf", "--per-image", "--statistics.resamples")),
-        ("train", ("coco", "flickr8k", "shapes")),
-    ],
-)
-def test_help_of_a_command(
-    command: str, named: Sequence[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["captioner", command, "--help"])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert not caught.value.code
-    text = capsys.readouterr().out
-    for name in named:
-        assert name in text
-
-
 def test_main_runs_a_command(
     model: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -409,64 +414,6 @@ def test_the_search_can_be_shown(model: Path, photos: list[Path], capsys: pytest
     assert "★ the caption" in captured.out
     assert run(model, photos[0], "--explain", "--output", "tree.txt") == 2
     assert "leave out --output" in capsys.readouterr().err
-
-
-# Training ----------------------------------------------------------------------------------------------------------
-
-
-def test_training_prints_where_the_model_is(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["captioner", "train", *train_arguments(data, tmp_path / "run")])
-    assert cli.main() == 0
-    text = capsys.readouterr().out
-    assert text.startswith("best epoch 1 of 1: validation BLEU-4 0.")
-    assert text.rstrip().endswith(f"the model is in {tmp_path / 'run' / 'best'}")
-    photo = next((data / "images").iterdir())
-    assert cli.caption([str(photo), "--model", str(tmp_path / "run")]) == 0
-    assert capsys.readouterr().out.strip()
-
-
-def test_training_that_is_not_possible(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.train(train_arguments(tmp_path / "nothing", tmp_path / "run")) == 2
-    assert "nothing: is not there; give a caption file or the folder of a data set" in one_line(capsys)
-    assert cli.train([*train_arguments(data, tmp_path / "run"), "--optimisation.epochs", "0"]) == 2
-    assert "optimisation.epochs is 0; expected 1 or more" in one_line(capsys)
-    assert not (tmp_path / "run" / "best").exists()
-
-
-def test_the_shapes_are_drawn_on_the_spot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from captioner.datasets import shapes
-
-    drawn: list[Path] = []
-    monkeypatch.setattr(shapes, "generate", drawn.append)
-    monkeypatch.setattr(trainer, "train", lambda config: (_ for _ in ()).throw(CaptionerError("enough")))
-    assert cli.train(["shapes", "--output", str(tmp_path / "run")]) == 2
-    assert cli.train(["shapes", "--data", str(tmp_path), "--output", str(tmp_path / "run")]) == 2
-    assert drawn == [Path("data/shapes")]
-
-
-def test_an_interruption_is_one_line(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(trainer.Trainer, "_epoch", interrupt)
-    assert cli.train(train_arguments(data, tmp_path / "run")) == 130
-    assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted; what was saved is kept")
-
-
-def test_only_the_first_of_several_processes_speaks(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = train_arguments(data, tmp_path / "run")
-    assert cli.train(arguments) == 0
-    assert capsys.readouterr().out
-    monkeypatch.setenv("RANK", "1")
-    assert cli._first_process() is False
-    monkeypatch.setenv("RANK", "0")
-    assert cli._first_process() is True
 
 
 # As a process ------------------------------------------------------------------------------------------------------

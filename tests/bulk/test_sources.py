@@ -1,0 +1,186 @@
+"""Photos are found wherever they are, in an order that stays, and places that cannot be read are said."""
+
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+from fake import photo
+
+from captioner import images
+from captioner.bulk import sources
+from captioner.bulk.job import Job
+from captioner.errors import CaptionerError, ImageError
+
+
+def found(*photos, **options):
+    return list(sources.find(Job(photos=tuple(map(str, photos)), **options)))
+
+
+def names(items, folder):
+    return [os.path.relpath(item.image, folder) for item in items]
+
+
+@pytest.fixture
+def album(tmp_path):
+    folder = tmp_path / "album"
+    for name in ("b.png", "a/2.jpg", "a/1.png", "thumbs/b.png", ".hidden.png", "c.txt"):
+        photo(folder / name) if not name.endswith("txt") else (folder / name).write_text("no photo")
+    return folder
+
+
+def test_a_folder(album):
+    items = found(album)
+    assert names(items, album) == ["a/1.png", "a/2.jpg", "b.png", "thumbs/b.png"]
+    assert [item.id for item in items] == [item.image for item in items]
+    for item in items:
+        assert (item.size, item.modified) == (Path(item.image).stat().st_size, Path(item.image).stat().st_mtime_ns)
+        assert item.error is None
+    assert sources.count(Job(photos=(str(album),))) == 4
+
+
+def test_a_folder_with_conditions(album):
+    assert names(found(album, not_recursive=True), album) == ["b.png"]
+    assert names(found(album, hidden=True), album)[0] == ".hidden.png"
+    assert names(found(album, exclude=("thumbs/*",)), album) == ["a/1.png", "a/2.jpg", "b.png"]
+    assert names(found(album, include=("*.jpg", "b.*")), album) == ["a/2.jpg", "b.png", "thumbs/b.png"]
+    assert names(found(album, include=("b.*",), exclude=("thumbs/*",)), album) == ["b.png"]
+    with pytest.raises(ImageError, match="album: no photo in this folder"):
+        found(album, include=("*.gif",))
+
+
+def test_ids_do_not_depend_on_where_the_command_is_given(album, monkeypatch):
+    monkeypatch.chdir(album.parent)
+    relative = found("album", "album/b.png")
+    monkeypatch.chdir(album)
+    other = found(".", "b.png")
+    assert (
+        [item.id for item in relative]
+        == [item.id for item in other]
+        == [item.id for item in found(album, album / "b.png")]
+    )
+    assert relative[0].image == "album/a/1.png"
+    for other_name in ("../album", "../album/", "./"):
+        assert [item.id for item in found(other_name)] == [item.id for item in other[:-1]]
+    assert Path(other[0].image) == Path("a/1.png")
+
+
+def test_places_that_cannot_be_read_are_items_with_an_error(album):
+    (album / "d.jpg").symlink_to(album / "gone.jpg")
+    (last,) = [item for item in found(album) if item.error]
+    assert last.image == str(album / "d.jpg")
+    assert last.error.kind == "missing"
+
+
+@pytest.mark.parametrize("separator", [b"\n", b"\r\n", b"\0"])
+@pytest.mark.parametrize("end", [True, False])
+def test_a_list_of_files(album, tmp_path, monkeypatch, separator, end):
+    listed = [os.fsencode(album / name) for name in ("b.png", "a/1.png")] + [b"caf\xe9.png", b"gone.png"]
+    content = separator.join(listed) + (separator if end else b"")
+    (tmp_path / "list").write_bytes(content)
+    items = found(list=str(tmp_path / "list"))
+    assert [os.fsencode(item.image) for item in items] == listed
+    assert sources.count(Job(list=str(tmp_path / "list"))) == 4
+    reading, writing = os.pipe()
+    os.write(writing, content)
+    os.close(writing)
+    with os.fdopen(reading) as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        assert found(list="-") == items
+
+
+def test_names_with_newlines_in_a_list(tmp_path):
+    (tmp_path / "list").write_bytes(b"a\nb.png\0c.png\0")
+    assert [item.image for item in found(list=str(tmp_path / "list"))] == ["a\nb.png", "c.png"]
+    (tmp_path / "long").write_bytes(b"\n".join(b"%06d.png" % number for number in range(50_000)))
+    assert [item.image for item in found(list=str(tmp_path / "long"))] == [f"{n:06}.png" for n in range(50_000)]
+    with pytest.raises(CaptionerError, match="none: cannot be read"):
+        found(list=str(tmp_path / "none"))
+
+
+def add(tar, name, content, **attributes):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    for key, value in attributes.items():
+        setattr(info, key, value)
+    tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.fixture
+def shard(tmp_path):
+    """A shard of a WebDataset, with members that are no photos, and some that are bad."""
+    content = photo(tmp_path / "photo.png", 5).read_bytes()
+    with tarfile.open(tmp_path / "00.tar", "w") as tar:
+        add(tar, "b/0001.png", content)
+        add(tar, "b/0001.json", b"{}")
+        add(tar, "b/0001.txt", b"text")
+        add(tar, "../../etc/0002.jpg", b"no photo")
+        add(tar, "a/0003.PNG", content)
+        add(tar, "link.png", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        add(tar, "folder.png", b"", type=tarfile.DIRTYPE)
+        add(tar, "last.png", content)
+    return tmp_path / "00.tar"
+
+
+def test_a_shard_is_read_in_its_order_and_not_unpacked(shard):
+    items = found(shard)
+    expected = ["b/0001.png", "../../etc/0002.jpg", "a/0003.PNG", "link.png", "last.png"]
+    assert [item.image for item in items] == [f"{shard}/{name}" for name in expected]
+    for item in (items[0], items[2], items[4]):
+        assert images.load(item.read(), 8)[0, 0, 0] == 5
+    assert items[3].error.kind == "special"
+    assert items[1].read() == b"no photo"
+    assert sources.count(Job(photos=(str(shard),))) == 5
+
+
+def test_a_shard_that_breaks_off(shard):
+    whole = shard.read_bytes()
+    last = found(shard)[-1]
+    shard.write_bytes(whole[: last.content.offset + 10])
+    items = found(shard)
+    assert len(items) == 5
+    assert items[-1].error.kind == "damaged"
+    assert "lies beyond the end of the shard" in str(items[-1].error)
+    for content in (b"", b"no tar at all" * 100, whole[:100]):
+        shard.write_bytes(content)
+        assert [item.error is not None for item in found(shard)] == [True]
+    shard.rename(shard.with_suffix(".tar.gz"))
+    with pytest.raises(CaptionerError, match="is a compressed shard; decompress it first"):
+        found(shard.with_suffix(".tar.gz"))
+
+
+def test_parquet(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    content = [photo(tmp_path / f"{n}.png", n).read_bytes() for n in range(70)]
+    kinds = {
+        "plain": pa.table({"image": content, "label": list(range(70))}),
+        "datasets": pa.table({"image": [{"bytes": each, "path": "x"} for each in content]}),
+        "other": pa.table({"picture": content}),
+    }
+    for name, table in kinds.items():
+        path = tmp_path / f"{name}.parquet"
+        parquet.write_table(table, path, row_group_size=16)
+        items = found(path)
+        assert [item.image for item in items] == [f"{path}/{row}" for row in range(70)]
+        assert [item.read() for item in items] == content
+        assert sources.count(Job(photos=(str(path),))) == 70
+    parquet.write_table(pa.table({"image": [content[0], None]}), path)
+    assert [item.error is None for item in found(path)] == [True, False]
+    parquet.write_table(pa.table({"label": [1]}), path)
+    with pytest.raises(CaptionerError, match=r"has no column of photos \(bytes\), only label"):
+        found(path)
+    parquet.write_table(pa.table({"x": [b""], "y": [b""]}), path)
+    with pytest.raises(CaptionerError, match=r"several columns of bytes \(x, y\); name the photos' one 'image'"):
+        found(path)
+    path.write_bytes(b"PAR1")
+    with pytest.raises(CaptionerError, match="is no Parquet file, or is damaged"):
+        found(path)
+
+
+def test_a_path_that_is_not_there(tmp_path):
+    for name in ("none.jpg", "none.tar", "none.parquet", "none"):
+        with pytest.raises(ImageError, match="no such file or folder"):
+            found(tmp_path / name)

@@ -1,0 +1,135 @@
+"""Each format holds each photo once, in order, and reads back with the library that people read it with."""
+
+import csv
+import json
+import os
+import tarfile
+
+import pytest
+
+from captioner.bulk import writers
+from captioner.bulk.journal import Found, Row
+from captioner.bulk.writers import Style, coco_id
+from captioner.errors import CaptionerError
+
+NAMES = ["a/1.jpg", 'b,"c".png', "new\nline.png", "犬 – ü.png", os.fsdecode(b"caf\xe9.png"), "-dash.png", "\u2028.jpg"]
+ROWS = [
+    Row(name, (Found(f"caption {n}", -1.25, -0.5), Found("other", -2.0, -1.0)), 100 + n, "ab" * 32, "2026-01-01")
+    for n, name in enumerate(NAMES)
+]
+FULL = Style(details=True, alternatives=True, satisfied=True, provenance={"model": "m", "options": {"beam_size": 3}})
+
+
+def write(format_, path, style=Style(), rows=ROWS):  # noqa: B008
+    writers.write(format_, iter(rows), path, style)
+    assert not path.with_name(path.name + ".part").exists()
+    return path
+
+
+def test_json_lines(tmp_path):
+    lines = write("jsonl", tmp_path / "x").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"image": name, "caption": f"caption {n}"} for n, name in enumerate(NAMES)
+    ]
+    full = [json.loads(line) for line in write("jsonl", tmp_path / "x", FULL).read_text().splitlines()]
+    assert full[1] == {
+        "image": NAMES[1],
+        "caption": "caption 1",
+        "satisfied": True,
+        "captions": [
+            {"caption": "caption 1", "score": -0.5, "logprob": -1.25},
+            {"caption": "other", "score": -1.0, "logprob": -2.0},
+        ],
+        "logprob": -1.25,
+        "bytes": 101,
+        "sha256": "ab" * 32,
+        "time": "2026-01-01",
+        "model": "m",
+        "options": {"beam_size": 3},
+    }
+
+
+def test_csv(tmp_path):
+    path = write("csv", tmp_path / "x")
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        assert list(csv.DictReader(file)) == [{"image": n, "caption": f"caption {i}"} for i, n in enumerate(NAMES)]
+    with write("csv", tmp_path / "x", FULL).open(newline="", errors="surrogateescape") as file:
+        row = list(csv.DictReader(file))[2]
+    assert json.loads(row["captions"])[1]["caption"] == "other"
+    assert json.loads(row["options"]) == {"beam_size": 3}
+
+
+def test_coco(tmp_path):
+    found = json.loads(write("coco", tmp_path / "x").read_text())
+    assert found[0] == {"image_id": 1, "caption": "caption 0"}
+    assert [each["caption"] for each in found] == [f"caption {n}" for n in range(len(NAMES))]
+    assert json.loads(write("coco", tmp_path / "x", rows=[]).read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("image", "image_id"),
+    [
+        ("COCO_val2014_000000000042.jpg", 42),
+        ("a/b/000000000139.jpg", 139),
+        ("x/IMG_0012.jpg", 12),
+        ("a dog.jpg", "a dog"),
+        ("00.tar/0007.png", 7),
+        ("0" * 30 + ".jpg", "0" * 30),
+        ("data.parquet/17", 17),
+    ],
+)
+def test_coco_ids(image, image_id):
+    assert coco_id(image) == image_id
+
+
+def test_webdataset(tmp_path):
+    with tarfile.open(write("webdataset", tmp_path / "x", FULL)) as tar:
+        names = tar.getnames()
+        assert names[:4] == ["000000000.json", "000000000.txt", "000000001.json", "000000001.txt"]
+        assert tar.extractfile("000000003.txt").read() == b"caption 3"
+        assert json.load(tar.extractfile("000000003.json"))["image"] == NAMES[3]
+        assert len(names) == 2 * len(NAMES)
+    shard = [Row(f"in/00.tar/{name}", (Found("x", 0.0, 0.0),)) for name in ("b/0001.jpg", "0002.seg.png")]
+    with tarfile.open(write("webdataset", tmp_path / "x", rows=shard)) as tar:
+        assert tar.getnames() == ["b/0001.json", "b/0001.txt", "0002.json", "0002.txt"]  # keys end at the first dot
+
+
+def test_parquet(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = parquet.read_table(write("parquet", tmp_path / "x")).to_pylist()
+    assert [row["caption"] for row in table] == [f"caption {n}" for n in range(len(NAMES))]
+    assert [row["image"] for row in table][:4] == NAMES[:4]
+    assert table[4]["image"] == r"caf\xe9.png"
+    full = parquet.read_table(write("parquet", tmp_path / "x", FULL)).to_pylist()
+    assert full[0]["captions"][1] == {"caption": "other", "score": -1.0, "logprob": -2.0}
+    assert full[0]["options"] == '{"beam_size": 3}'
+    assert parquet.read_table(write("parquet", tmp_path / "x", rows=[])).num_rows == 0
+
+
+@pytest.mark.parametrize("format_", ["jsonl", "csv", "coco", "webdataset", "parquet"])
+def test_the_same_rows_are_the_same_bytes_and_a_failure_leaves_the_old_file(tmp_path, format_):
+    if format_ == "parquet":
+        pytest.importorskip("pyarrow.parquet")
+    path = write(format_, tmp_path / "x", FULL)
+    before = path.read_bytes()
+    assert write(format_, tmp_path / "y", FULL).read_bytes() == before
+
+    def broken():
+        yield ROWS[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(format_, path, FULL, broken())
+    assert path.read_bytes() == before
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["x", "y"]
+    with pytest.raises(CaptionerError, match=r"cannot be written \(No such file or directory\)"):
+        write(format_, tmp_path / "none" / "x", FULL)
+
+
+def test_failures(tmp_path):
+    path = tmp_path / "failures"
+    failed = [Row("a\nb", kind="damaged", reason="a\\nb: is damaged")]
+    assert writers.write_failures(iter(failed), path) == 1
+    assert json.loads(path.read_text()) == {"image": "a\nb", "class": "damaged", "reason": "a\\nb: is damaged"}
+    assert writers.write_failures(iter([]), path) == 0
+    assert not path.exists()
