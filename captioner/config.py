@@ -29,6 +29,7 @@ EncoderName = Literal[
     "googlenet",
     "tiny",
     "mini",
+    "efficientnet_lite2",
 ]
 CellName = Literal["lstm", "gru", "rnn", "irnn"]
 FeatureNorm = Literal["standard", "sqrt", "none"]

@@ -20,9 +20,9 @@ from captioner.tensors import Entry
 #: The operators that `captioner export` writes, by their domain; others are refused.
 OPERATORS: Mapping[str, frozenset[str]] = {
     "": frozenset(
-        """Abs Add AveragePool Cast Clip Concat Conv DequantizeLinear Div Flatten Gather GatherElements Gemm Identity
-        Log LogSoftmax MatMul Max MaxPool Mul QLinearConv QuantizeLinear ReduceL2 Relu Reshape Sigmoid Sign Slice
-        Softmax Split Sqrt Sub Tanh TopK Transpose Unsqueeze""".split()
+        """Abs Add AveragePool Cast Clip Concat Conv DequantizeLinear Div Flatten Gather GatherElements Gemm Log MatMul
+        Max MaxPool Mul QLinearConv QuantizeLinear ReduceL2 Relu Reshape Sigmoid Sign Softmax Split Sqrt Sub Tanh
+        TopK Transpose Unsqueeze""".split()
     ),
     "com.microsoft": frozenset("MatMulIntegerToFloat QLinearAdd QLinearAveragePool QLinearConcat".split()),
 }

@@ -131,7 +131,7 @@ def thumbnail(path: str | Path, side: int) -> Image.Image:
     """
 
     def small(image: Image.Image, side: int) -> Image.Image:
-        rgb = _to_rgb(_upright(image))
+        rgb = _to_rgb(_upright(image)).copy()
         rgb.thumbnail((side, side))
         return rgb
 
@@ -161,7 +161,9 @@ def _explained(error: Exception, name: str) -> ImageError:
     return ImageError(f"{name}: cannot be decoded ({reason}); the file is damaged or of an unknown kind", "damaged")
 
 
-def walk(folder: str, *, recursive: bool = True, hidden: bool = False) -> Iterator[tuple[str, ImageError | None]]:
+def walk(
+    folder: str, *, recursive: bool = True, hidden: bool = False, other: list[str] | None = None
+) -> Iterator[tuple[str, ImageError | None]]:
     """List the photos in a folder, in the order of their names, and the places that cannot be looked at.
 
     Links are followed. A folder is searched once, however many links lead to it, so that loops end. The memory in use
@@ -172,12 +174,12 @@ def walk(folder: str, *, recursive: bool = True, hidden: bool = False) -> Iterat
         recursive: whether folders inside it are searched too.
         hidden: whether to list names that begin with a dot; macOS leaves `._photo.jpg` beside each photo on a foreign
             disk.
+        other: list to which photos in formats that cannot be read are added.
 
     Yields:
         The path of a photo; or the path of a folder that may not be read or a link that leads nowhere, and the error.
     """
     searched: set[tuple[int, int]] = set()  # folders, by device and number
-    other: list[str] = []
     levels: list[Iterator[os.DirEntry[str]]] = []
     enter: str | None = folder
     while enter or levels:
@@ -205,10 +207,8 @@ def walk(folder: str, *, recursive: bool = True, hidden: bool = False) -> Iterat
             enter = entry.path if recursive else None
         elif ending in EXTENSIONS:
             yield entry.path, None
-        elif ending in _OTHER_PHOTOS:
+        elif other is not None and ending in _OTHER_PHOTOS:
             other.append(entry.path)
-    if other:
-        log.warning("in other formats, and left out: %d, e.g. %s; convert them to JPEG", len(other), other[0])
 
 
 def _entries(folder: str, searched: set[tuple[int, int]]) -> list[os.DirEntry[str]]:
@@ -249,15 +249,22 @@ def find(paths: Iterable[Path]) -> list[Path]:
         if not is_folder(path):
             found.append(path)
             continue
-        before = len(found)
-        for photo, error in walk(str(path)):
+        before, other = len(found), list[str]()
+        for photo, error in walk(str(path), other=other):
             if error is None:
                 found.append(Path(photo))
             else:
                 log.warning("%s", error)
+        say_left_out(other)
         if len(found) == before:
             raise no_photo(path)
     return found
+
+
+def say_left_out(other: Sequence[str]) -> None:
+    """Log the photos in formats that cannot be read; see `walk`."""
+    if other:
+        log.warning("in other formats, and left out: %d, e.g. %s; convert them to JPEG", len(other), other[0])
 
 
 def is_folder(path: Path) -> bool:
@@ -447,7 +454,10 @@ def _decode(file: IO[bytes], name: str, size: int, finish: Callable[[Image.Image
                 if image.format not in ("JPEG", "MPO"):
                     raise
                 image = _without_end(file, name, size)
-            return finish(image, size)
+            try:
+                return finish(image, size)
+            finally:
+                image.close()  # before the next photo has its room
 
 
 def _open(file: IO[bytes], name: str) -> Image.Image:
@@ -524,7 +534,7 @@ def _to_array(image: Image.Image, size: int) -> Pixels:
         raise ImageError("image in memory: has no pixels; give one that has", "damaged")
     if image.tell():
         image.seek(0)
-    rgb = _to_rgb(_upright(image))
+    rgb = _to_rgb(_upright(image), size)
     if rgb.size != (size, size):
         rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
     # (height, width, 3) -> (3, height, width)
@@ -540,24 +550,30 @@ def _upright(image: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(image) if turned else image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, width: int | None = None) -> Image.Image:
+    """A photo in RGB; one that is transparent may come as narrow as it is going to be."""
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I") or image.mode == "F":
         return _from_deep_grey(np.asarray(image))
     if image.has_transparency_data:
-        return _on_background(image)
+        return _on_background(image, width)
     return image.convert("RGB")
 
 
-def _on_background(image: Image.Image) -> Image.Image:
-    """Lay a transparent photo on the background, a band of rows at a time: whole, it would be in memory four times."""
-    rgb = Image.new("RGB", image.size)
+def _on_background(image: Image.Image, width: int | None) -> Image.Image:
+    """Lay a transparent photo on the background, a band of rows at a time: whole, it would be in memory four times.
+
+    A band is narrowed at once, for resizing treats rows and columns one after the other; it may differ by rounding.
+    """
     rows = max(1, _FEW_PIXELS // image.width)
+    width = image.width if width is None or rows >= image.height else width
+    rgb = Image.new("RGB", (width, image.height))
     for top in range(0, image.height, rows):
         band = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
         canvas = Image.new("RGBA", band.size, (*_BACKGROUND, 255))
-        rgb.paste(Image.alpha_composite(canvas, band).convert("RGB"), (0, top))
+        opaque = Image.alpha_composite(canvas, band).convert("RGB")
+        rgb.paste(opaque.resize((width, band.height), Image.Resampling.BILINEAR), (0, top))
     return rgb
 
 

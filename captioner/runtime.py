@@ -47,7 +47,7 @@ class OnnxEngine:
         )
         self._parts = [output.name for output in self._start.get_outputs()]
         following = [f"next_{part}" for part in self._parts]
-        self._all, self._few = ["all_logprob", *following], ["logprob", "word", "named_logprob", *following]
+        self._all, self._few = ["logits", *following], ["logprob", "word", "named_logprob", *following]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy in another process loads the graphs again."""
@@ -104,7 +104,7 @@ class OnnxEngine:
     ) -> tuple[Likeliest, State]:
         """Read one word a row; the likeliest words to follow: see `decoding.step.StepModel`."""
         inputs = self._inputs(tokens, parents, state, count, named)
-        logprob, word, asked, *following = self._step.run(self._few, inputs, _only_what_is_asked())
+        logprob, word, asked, *following = self._step.run(self._few, inputs)
         return Likeliest(logprob, word, asked), tuple(following)
 
     def step_all(
@@ -112,8 +112,10 @@ class OnnxEngine:
     ) -> tuple[npt.NDArray[np.float32], State]:
         """Read one word a row; the log-probabilities of all words: see `decoding.step.StepModel`."""
         inputs = self._inputs(tokens, parents, state, 1, tokens[:0])
-        logprob, *following = self._step.run(self._all, inputs, _only_what_is_asked())
-        return logprob, tuple(following)
+        logits, *following = self._step.run(self._all, inputs)
+        logits -= logits.max(axis=1, keepdims=True)
+        logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        return logits, tuple(following)
 
     def _inputs(
         self,
@@ -129,12 +131,3 @@ class OnnxEngine:
 
 def _again(folder: Path, image_size: int, vocabulary_size: int, threads: int) -> OnnxEngine:
     return OnnxEngine(folder, image_size=image_size, vocabulary_size=vocabulary_size, threads=threads)
-
-
-def _only_what_is_asked() -> Any:
-    """Options of a run that leave out what leads to other outputs."""
-    import onnxruntime as ort
-
-    options = ort.RunOptions()
-    options.only_execute_path_to_fetches = True
-    return options

@@ -22,6 +22,7 @@ from captioner.bulk.job import SIDECARS, Job
 from captioner.bulk.journal import Counts, Found, Journal, Result, Todo
 from captioner.bulk.pipeline import Model, Seconds
 from captioner.errors import CaptionerError, ImageError
+from captioner.machine import processors
 from captioner.progress import Progress
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Report:
     failures: Path | None = None  # list of the photos that failed
     seconds: float = 0.0
     shares: dict[str, float] = field(default_factory=dict)  # of the workers' time, by stage
+    busy: float = 0.0  # share of the time in which the workers were at one of the stages
 
     @property
     def status(self) -> int:
@@ -97,8 +99,11 @@ def run(job: Job, model: Model | Callable[[], Model], provenance: Provenance) ->
         todo = journal.todo(items, retry_failed=job.retry_failed, by_content=job.by_content)
         seconds = Seconds()
         write_began = 0.0
+        captioning = time.monotonic()
         with _progress(job) as show:
             _caption(job, model, provenance, journal, todo, seconds, show, received, report)
+        in_all = (time.monotonic() - captioning) * (job.workers or processors())
+        report.busy = sum(dataclasses.astuple(seconds)) / in_all
         report.counts = journal.counts
         if received:
             report.interrupted = received[0]

@@ -168,16 +168,18 @@ def folder(path: str, job: Job) -> Iterator[Item]:
     found = False
     absolute = os.path.abspath(path)  # noqa: PTH100
     start = len(path.rstrip("/"))  # of the rest of a photo's path, which begins with a slash
-    for photo, error in _walk(path, job):
+    other: list[str] = []
+    for photo, error in _walk(path, job, other):
         found = True
         id_ = absolute + photo[start:] if start and photo != path else os.path.abspath(photo)  # noqa: PTH100
         yield _of_file(photo, id_) if error is None else Item(id_, photo, photo, error=error)
+    images.say_left_out(other)
     if not found:
         raise images.no_photo(path)
 
 
-def _walk(path: str, job: Job) -> Iterator[tuple[str, ImageError | None]]:
-    photos = images.walk(path, recursive=not job.not_recursive, hidden=job.hidden)
+def _walk(path: str, job: Job, other: list[str] | None = None) -> Iterator[tuple[str, ImageError | None]]:
+    photos = images.walk(path, recursive=not job.not_recursive, hidden=job.hidden, other=other)
     return _chosen(photos, len(path), job) if job.include or job.exclude else photos
 
 

@@ -32,7 +32,11 @@ class CaptionArguments:
     photos: Annotated[
         tuple[str, ...],
         tyro.conf.Positional,
-        tyro.conf.arg(metavar="[PATH ...]", help="photos, or folders of photos", help_behavior_hint=""),
+        tyro.conf.arg(
+            metavar="[PATH ...]",
+            help="photos, folders of photos, WebDataset shards (.tar), or Parquet files with photos",
+            help_behavior_hint="",
+        ),
     ] = ()
     model: str = "mini"  # folder of a saved model or of a training run, owner/name on the Hugging Face Hub, or "mini"
     # "text": sentences; "txt" and "xmp": a file beside each photo; by default as the output's ending says, or text

@@ -18,8 +18,10 @@ from captioner.cli.arguments import parse
 class SearchArguments:
     """Find photos by the words of their captions: dog beach, "red ball", (dog OR cat) NOT car."""
 
-    library: Annotated[Path, tyro.conf.Positional]  # file that captioner caption FOLDER --output LIBRARY.db wrote
-    query: Annotated[tuple[str, ...], tyro.conf.Positional]  # words, in any form; "phrases", OR, NOT and brackets
+    # file that captioner caption FOLDER --output LIBRARY.db wrote
+    library: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LIBRARY")]
+    # words, in any form; "phrases", OR, NOT and brackets
+    query: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="WORD ...")]
     limit: int = 20  # photos at most
     captions: bool = False  # print the captions too
     json: bool = False  # print a JSON object per photo

@@ -90,14 +90,14 @@ class DecoderExport:
         # The log of the softmax, by the likeliest word: its logit less the log of its probability is what is
         # subtracted from all logits. A softmax and a maximum are vectorised; a sum of exponentials is not.
         likely = graph.node("Softmax", logits, axis=1)
-        best = [graph.constant(np.array([number], np.int64)) for number in (0, 1, 1)]
-        first, logit = graph.node("Slice", word, *best), graph.node("Slice", top, *best)
+        best = graph.constant(np.array([0], np.int64))
+        first, logit = graph.node("Gather", word, best, axis=1), graph.node("Gather", top, best, axis=1)
         total = graph.node("Sub", logit, graph.node("Log", graph.node("GatherElements", likely, first, axis=1)))
         graph.output(graph.node("Sub", top, total), "logprob", np.float32, ["rows", "count"])
         graph.output(word, "word", np.int64, ["rows", "count"])
         asked = graph.node("Sub", graph.node("Gather", logits, named, axis=1), total)
         graph.output(asked, "named_logprob", np.float32, ["rows", "named"])
-        graph.output(graph.node("LogSoftmax", logits, axis=1), "all_logprob", np.float32, ["rows", size])
+        graph.output(logits, "logits", np.float32, ["rows", size])  # not copied unless they are asked for
         return graph
 
     # Parts of the network -------------------------------------------------------------------------------------------

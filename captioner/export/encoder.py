@@ -25,7 +25,7 @@ from captioner.networks.encoder import Encoder
 _PREFIX = "encoder."
 _ADD, _CAT, _FLATTEN, _RELU = {"add", "iadd", "add_"}, {"cat", "concat"}, {"flatten"}, {"relu", "relu_", "relu6"}
 #: Share of the calibration photos whose numbers may lie beyond a scale, at either end.
-_STRANGE = 0.02
+_STRANGE = 0.05
 _NOTHING = (nn.Dropout, nn.Identity)  # layers that do nothing once a network is trained
 
 FloatArray = npt.NDArray[np.float32]

@@ -60,6 +60,7 @@ class Graph:
         self._stored: list[str] = []
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
+        self._renamed: dict[str, str] = {}  # values that are outputs
 
     def input(self, name: str, kind: type, shape: Sequence[int | str]) -> str:
         """Declare an input; texts in the shape are sizes that are known when the graph runs."""
@@ -67,8 +68,8 @@ class Graph:
         return name
 
     def output(self, value: str, name: str, kind: type, shape: Sequence[int | str]) -> None:
-        """Declare a value as an output, under a name."""
-        self._nodes.append(helper.make_node("Identity", [value], [name]))
+        """Declare a value as an output, under a name, which takes the place of its own."""
+        self._renamed[value] = name
         self._outputs.append(helper.make_tensor_value_info(name, _TYPES[kind], shape))
 
     def constant(self, value: Array | np.generic) -> str:
@@ -119,6 +120,9 @@ class Graph:
             for key, value in (("location", Weights.FILE), ("offset", offset), ("length", length)):
                 proto.external_data.add(key=key, value=str(value))
             stored.append(proto)
+        for node in self._nodes:
+            for names in (node.input, node.output):
+                names[:] = [self._renamed.get(each, each) for each in names]
         graph = helper.make_graph(
             self._nodes, self.name, self._inputs, self._outputs, [*self._constants.values(), *stored]
         )

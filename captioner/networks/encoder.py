@@ -26,18 +26,22 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from captioner.config import FEATURE_SIZE, EncoderConfig, EncoderName
 from captioner.errors import CaptionerError, WeightsError
-from captioner.networks import cnn, weights
+from captioner.networks import cnn, efficientnet, weights
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _Tap:
-    """The layer of a network whose output becomes the 4096 numbers."""
+    """The layer of a network whose output becomes the 4096 numbers, and the photos that the network expects."""
 
     layer: str  # its name
     grid: tuple[int, int] | None = None  # rows, columns that its map is averaged onto; None: the layer is 4096 wide
     smallest: int = 32  # height and width of the smallest photo of which the layer still has a map, in pixels
+    # mean and standard deviation of the RGB values, 0 to 255, that the weights were trained with; these are ImageNet's,
+    # which all of torchvision's weights expect
+    mean: tuple[float, float, float] = (0.485 * 255, 0.456 * 255, 0.406 * 255)
+    std: tuple[float, float, float] = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
 
 _TAPS: dict[EncoderName, _Tap] = {
@@ -52,14 +56,15 @@ _TAPS: dict[EncoderName, _Tap] = {
     "googlenet": _Tap("inception5b", grid=(2, 2)),  # 1024 channels
     "tiny": _Tap("features", grid=(8, 8)),  # 64 channels
     "mini": _Tap("features", grid=(2, 2)),  # 1024 channels
+    "efficientnet_lite2": _Tap("features", grid=(2, 2), mean=(127.0,) * 3, std=(128.0,) * 3),  # 1024 channels
 }
 
 #: The networks that are not torchvision's.
-OWN: dict[EncoderName, Callable[[], nn.Module]] = {"tiny": cnn.tiny, "mini": cnn.mini}
-
-# Mean and standard deviation of the RGB values of ImageNet, 0 to 255; all of torchvision's weights expect these.
-_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
-_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+OWN: dict[EncoderName, Callable[[], nn.Module]] = {
+    "tiny": cnn.tiny,
+    "mini": cnn.mini,
+    "efficientnet_lite2": efficientnet.efficientnet_lite2,
+}
 
 
 class Encoder(nn.Module):
@@ -102,12 +107,12 @@ class Encoder(nn.Module):
             _fill(self.body, state, head, f"{config.name} weights ({config.weights})")
         elif not trainable:
             log.warning("the weights of %s are random: good for tests, not for photos", config.name)
-        self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(tap.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(tap.std).view(3, 1, 1), persistent=False)
         self.trainable = trainable
         # Whether `config.weights` names a place from which anyone can get these very weights. A checkpoint must store
         # weights that were given as tensors, are random, are trained further, or come with this version of the package.
-        own = config.weights == "default" and config.name in OWN
+        own = config.weights == "default" and config.name == "mini"
         self.elsewhere = not (given or trainable or own or config.weights == "random")
         self.requires_grad_(trainable)
         self.to(memory_format=torch.channels_last)
@@ -143,7 +148,7 @@ class Encoder(nn.Module):
             images: RGB, 0 to 255, as `images.load` gives them.
 
         Returns:
-            4096 numbers, none of them negative, for each photo.
+            4096 numbers for each photo; those of most networks are not negative.
         """
         return self.flatten(self.map(images))
 
@@ -161,7 +166,7 @@ class Encoder(nn.Module):
         return tapped
 
     def standardise(self, images: Tensor) -> Float[Tensor, "batch 3 height width"]:
-        """Scale pixels from 0 to 255 so that the photos of ImageNet have mean 0 and standard deviation 1 a channel."""
+        """Scale pixels from 0 to 255 to the numbers that the network was trained with, see `_TAPS`."""
         return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def flatten(self, tapped: Tensor) -> Float[Tensor, "batch 4096"]:
@@ -201,6 +206,8 @@ def _read(config: EncoderConfig) -> Mapping[str, Tensor]:
         raise WeightsError("tiny has no pretrained weights; give a file, or train it: --encoder.weights random")
     if config.weights == "default" and config.name == "mini":
         return weights.packaged("mini")
+    if config.name == "efficientnet_lite2" and config.weights == "default":
+        return efficientnet.renamed(weights.read(efficientnet.default_weights()))
     if config.weights == "default":
         return _download(config.name)
     path = Path(config.weights)
@@ -209,7 +216,8 @@ def _read(config: EncoderConfig) -> Mapping[str, Tensor]:
             f"{path}: no such weight file for {config.name}; give a .safetensors or .pth file, or use the CNN in the "
             "box: --encoder.name mini --encoder.image-size 144 --encoder.weights default"
         )
-    return weights.read(path)
+    state = weights.read(path)
+    return efficientnet.renamed(state) if config.name == "efficientnet_lite2" else state
 
 
 def _download(name: EncoderName) -> Mapping[str, Tensor]:
