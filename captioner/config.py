@@ -215,6 +215,7 @@ class TrainingConfig:
     max_words: int = 30  # longer training captions are cut there
     precision: TrainingPrecision = "auto"  # of training: "auto" is bf16 where the machine is fast at it, else fp32
     seed: int = 0  # decides the decoder's initial weights, the order of captions and dropout
+    meteor: bool = False  # METEOR of the validation captions beside the other scores (needs captioner[meteor])
     checkpoint_minutes: float = 10.0  # time between two checkpoints inside an epoch, from which a stopped run goes on
     tracking: Tracking = "wandb"  # Weights & Biases, which stays offline where there is no API key
     project: str = "captioner"  # name of the project in Weights & Biases

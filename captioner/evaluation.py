@@ -71,7 +71,7 @@ class Evaluation:
     scores: metrics.Scores
     intervals: Mapping[str, metrics.Interval]  # by score; empty where none were asked for
     diversity: metrics.Diversity
-    java: Mapping[str, tuple[float, npt.NDArray[np.float64]]]  # METEOR and SPICE, where asked for: corpus, per image
+    java: Mapping[str, tuple[float, npt.NDArray[np.float64]]]  # SPICE, where asked for: corpus, per image
 
     def as_json(self) -> dict[str, Any]:
         """Everything but the scores of single photos."""
@@ -108,6 +108,7 @@ def evaluate_model(
     *,
     idf: metrics.Idf | None = None,
     statistics: Statistics | None = None,
+    meteor: bool | metrics.Meteor = False,
     java: Sequence[str] = (),
 ) -> Evaluation:
     """Caption the photos of a split with a model, and score the captions.
@@ -119,7 +120,8 @@ def evaluate_model(
         split: of the data.
         idf: see `evaluate`, as for the other arguments.
         statistics: how intervals are computed.
-        java: any of "meteor" and "spice".
+        meteor: whether METEOR is computed too.
+        java: "spice", or nothing.
 
     Raises:
         CaptionerError: the data cannot be read, or no photo of the split can.
@@ -149,7 +151,7 @@ def evaluate_model(
         | {"decoding": asdict(captioner.options), "training": captioner.training},
         [not caption.finished for caption in found.values()],
     )
-    return evaluate(references, hypotheses, idf=idf, statistics=statistics, java=java)
+    return evaluate(references, hypotheses, idf=idf, statistics=statistics, meteor=meteor, java=java)
 
 
 def evaluate_results(
@@ -158,6 +160,7 @@ def evaluate_results(
     *,
     idf: metrics.Idf | None = None,
     statistics: Statistics | None = None,
+    meteor: bool | metrics.Meteor = False,
     java: Sequence[str] = (),
 ) -> Evaluation:
     """Score a file in COCO's result format.
@@ -167,13 +170,14 @@ def evaluate_results(
         references: human captions of the same photos, see `read_references`.
         idf: see `evaluate`, as for the other arguments.
         statistics: how intervals are computed.
-        java: any of "meteor" and "spice".
+        meteor: whether METEOR is computed too.
+        java: "spice", or nothing.
 
     Raises:
         CaptionerError: the file cannot be read, or is of other photos.
     """
     hypotheses = read_results(Path(path), references.captions)
-    return evaluate(references, hypotheses, idf=idf, statistics=statistics, java=java)
+    return evaluate(references, hypotheses, idf=idf, statistics=statistics, meteor=meteor, java=java)
 
 
 def evaluate(
@@ -182,6 +186,7 @@ def evaluate(
     *,
     idf: metrics.Idf | None = None,
     statistics: Statistics | None = None,
+    meteor: bool | metrics.Meteor = False,
     java: Sequence[str] = (),
 ) -> Evaluation:
     """Compare captions with human ones.
@@ -191,15 +196,17 @@ def evaluate(
         hypotheses: a caption of each of their photos.
         idf: document frequencies of CIDEr in place of those of the references.
         statistics: how intervals are computed.
-        java: any of "meteor" and "spice", which need Java and pycocoevalcap.
+        meteor: whether METEOR is computed too, which needs the extra `[meteor]`; or the result of `load_meteor`.
+        java: "spice", which needs Java and pycocoevalcap, or nothing.
 
     Raises:
-        CaptionerError: the photos differ, or Java is missing.
+        CaptionerError: the photos differ, or METEOR's data or Java is missing.
     """
     statistics = statistics or Statistics()
     humans, captions = references.captions, hypotheses.captions
+    meteor = load_meteor() if meteor is True else meteor
     try:
-        scores = metrics.evaluate(humans, captions, idf=idf)
+        scores = metrics.evaluate(humans, captions, idf=idf, meteor=meteor)
         return Evaluation(
             references,
             hypotheses,
@@ -214,6 +221,21 @@ def evaluate(
         )
     except ValueError as error:
         raise CaptionerError(str(error)) from None
+
+
+def load_meteor() -> metrics.Meteor:
+    """METEOR with its data; the first time on a machine they are indexed, and a bar shows how far that is.
+
+    Raises:
+        CaptionerError: the extra `[meteor]` is not installed, its data are damaged, or the cache is not writable.
+    """
+    from captioner.progress import Progress
+
+    with Progress("Indexing METEOR's data", 1, "MB") as progress:
+        try:
+            return metrics.Meteor.load(progress=lambda done, total: progress.set(done // 10**6, total // 10**6))
+        except ValueError as error:
+            raise CaptionerError(str(error)) from None
 
 
 def compare(first: Evaluation, second: Evaluation, statistics: Statistics) -> dict[str, metrics.Comparison]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from helpers import ENCODER, data, isolated, make_data, make_model  # noqa: F401
+from metrics import small_meteor
 
 from captioner import Captioner, cli, evaluation, metrics
 from captioner.config import DataConfig, DecodingOptions, Statistics
@@ -494,8 +495,8 @@ def test_java_scores_without_java(
 ) -> None:
     good = results(tmp_path / "good.json", GOOD)
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    line = fails(capsys, good, "--references", references, "--java", "meteor")
-    assert "meteor needs" in line
+    line = fails(capsys, good, "--references", references, "--java", "spice")
+    assert "spice needs" in line
     assert "install" in line
 
 
@@ -505,13 +506,42 @@ def test_java_scores_are_shown_beside_the_others(
     import numpy as np
 
     good, poor = results(tmp_path / "good.json", GOOD), results(tmp_path / "poor.json", POOR)
+    monkeypatch.setattr(metrics, "why_not", lambda _: None)
     monkeypatch.setattr(metrics, "java_scores", lambda *_: (0.25, np.array([0.1, 0.2, 0.45])))
     files = ("--output", tmp_path / "scores.json", "--per-image", tmp_path / "rows.jsonl")
-    assert run(good, poor, "--references", references, "--java", "meteor", *files) == 0
-    assert "meteor" in capsys.readouterr().out
-    assert json.loads((tmp_path / "scores.json").read_text())["evaluations"][0]["scores"]["meteor"] == 0.25
+    assert run(good, poor, "--references", references, "--java", "spice", *files) == 0
+    assert "spice" in capsys.readouterr().out
+    assert json.loads((tmp_path / "scores.json").read_text())["evaluations"][0]["scores"]["spice"] == 0.25
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert [row["meteor"] for row in rows] == [0.1, 0.2, 0.45] * 2
+    assert [row["spice"] for row in rows] == [0.1, 0.2, 0.45] * 2
+
+
+def test_meteor_beside_the_others(
+    references: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row of the table with interval and comparison, and a column of the scores of each photo."""
+    pytest.importorskip("nltk")
+    small_meteor.install(tmp_path, monkeypatch)
+    good, poor = results(tmp_path / "good.json", GOOD), results(tmp_path / "poor.json", POOR)
+    files = ("--output", tmp_path / "scores.json", "--per-image", tmp_path / "rows.jsonl")
+    assert run(good, poor, "--references", references, "--meteor", "--statistics.resamples", 20, *files) == 0
+    [row] = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["meteor"]]
+    assert row.count("[") == 3  # two intervals and that of the difference
+    told = json.loads((tmp_path / "scores.json").read_text())
+    first, second = (evaluation["scores"]["meteor"] for evaluation in told["evaluations"])
+    assert 1 >= first > second
+    assert told["comparison"]["meteor"]["difference"] == pytest.approx(first - second)
+    assert told["arguments"]["meteor"] is True
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert all(0 <= row["meteor"] <= 1 for row in rows)
+
+
+def test_meteor_without_its_data(
+    references: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_meteor.find(None, monkeypatch)
+    line = fails(capsys, results(tmp_path / "good.json", GOOD), "--references", references, "--meteor")
+    assert "meteor needs the data of pycocoevalcap, which is not installed; install it: pip install" in line
 
 
 @pytest.mark.parametrize(

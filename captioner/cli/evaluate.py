@@ -44,7 +44,8 @@ class EvaluateArguments:
     features: Path | None = None  # folder of the feature store (of the engine torch)
     idf: Path | None = None  # document frequencies for CIDEr, to score few photos meaningfully (see --save-idf)
     save_idf: Path | None = None  # file to write the references' document frequencies to
-    java: tuple[Literal["meteor", "spice"], ...] = ()  # scores that need Java and pycocoevalcap
+    meteor: bool = False  # METEOR 1.5 too, without Java (needs captioner[meteor])
+    java: tuple[Literal["spice"], ...] = ()  # scores that need Java and pycocoevalcap
     statistics: Statistics = field(default_factory=Statistics)
     output: Path | None = None  # JSON file for the scores and all that they depend on
     per_image: Path | None = None  # JSONL file for the scores of each photo
@@ -72,7 +73,7 @@ def command(arguments: Sequence[str], prog: str) -> int:
     if chosen.save_idf is not None:
         evaluation.save_idf(first.references.captions, chosen.save_idf)
     if chosen.output is not None:
-        names = ("data", "images", "references", "on_problem", "java")
+        names = ("data", "images", "references", "on_problem", "meteor", "java")
         result = {
             **evaluation.circumstances(first.references, chosen.idf, chosen.statistics),
             "arguments": {name: getattr(chosen, name) for name in names},
@@ -91,11 +92,14 @@ def _evaluations(chosen: EvaluateArguments) -> list[Evaluation]:
     from captioner import evaluation
 
     idf = None if chosen.idf is None else evaluation.read_idf(chosen.idf)
+    meteor = evaluation.load_meteor() if chosen.meteor else False
     if chosen.model is None:
         assert chosen.references is not None
         references = evaluation.read_references(chosen.references, chosen.split, on_problem=chosen.on_problem)
         return [
-            evaluation.evaluate_results(path, references, idf=idf, statistics=chosen.statistics, java=chosen.java)
+            evaluation.evaluate_results(
+                path, references, idf=idf, statistics=chosen.statistics, meteor=meteor, java=chosen.java
+            )
             for path in chosen.results
         ]
     assert chosen.data is not None
@@ -103,7 +107,11 @@ def _evaluations(chosen: EvaluateArguments) -> list[Evaluation]:
     captioner.options = search_options(captioner, chosen.search)
     data = DataConfig(data=chosen.data, images=chosen.images, on_problem=chosen.on_problem, features=chosen.features)
     split = chosen.split or "val"
-    return [evaluation.evaluate_model(captioner, data, split, idf=idf, statistics=chosen.statistics, java=chosen.java)]
+    return [
+        evaluation.evaluate_model(
+            captioner, data, split, idf=idf, statistics=chosen.statistics, meteor=meteor, java=chosen.java
+        )
+    ]
 
 
 def _check(chosen: EvaluateArguments) -> None:

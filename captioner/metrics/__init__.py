@@ -7,6 +7,7 @@ from captioner.metrics.bridge import JAVA_METRICS, java_scores, why_not
 from captioner.metrics.cider import CiderD
 from captioner.metrics.diversity import Diversity, diversity
 from captioner.metrics.idf import Idf
+from captioner.metrics.meteor import Meteor
 from captioner.metrics.scoring import METRICS, Scores, evaluate, evaluate_tokens, score, score_tokens
 from captioner.metrics.significance import Comparison, Interval, bootstrap_intervals, paired_test
 from captioner.metrics.tokenization import tokenize, tokenize_all
@@ -19,6 +20,7 @@ __all__ = [
     "Diversity",
     "Idf",
     "Interval",
+    "Meteor",
     "Scores",
     "bootstrap_intervals",
     "diversity",

@@ -4,18 +4,19 @@ Images are what is sampled. Intervals are percentile bootstrap intervals (Efron 
 for corpus BLEU). The paired test is approximate randomisation (Noreen 1989; Riezler & Maxwell 2005): were the two
 systems the same, the captions of any image could be swapped between them.
 
-Corpus BLEU is computed anew from the summed counts of every sample. CIDEr keeps the document frequencies of the whole
-corpus (or of the given `Idf`): they belong to the metric, not to the sample.
+Corpus BLEU and METEOR are computed anew from the summed counts of every sample. CIDEr keeps the document frequencies of
+the whole corpus (or of the given `Idf`): they belong to the metric, not to the sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from captioner.metrics.bleu import bleu_from_sums
+from captioner.metrics.meteor import PARAMETERS, STATISTICS, meteor_from_sums
 from captioner.metrics.ngrams import ORDERS, FloatArray
 from captioner.metrics.scoring import Scores
 
@@ -56,8 +57,8 @@ def bootstrap_intervals(
         ValueError: a number is out of range.
     """
     _check(resamples, confidence)
-    names, table = _statistics(scores)
-    samples = np.concatenate([_scores_of_sums(names, sums) for sums in _resampled([table], resamples, seed)[0]])
+    names, table, scores_of_sums = _statistics(scores)
+    samples = np.concatenate([scores_of_sums(sums) for sums in _resampled([table], resamples, seed)[0]])
     return {name: _interval(samples[:, column], confidence) for column, name in enumerate(names)}
 
 
@@ -75,20 +76,23 @@ def paired_test(
         seed: equal seeds give equal results.
 
     Raises:
-        ValueError: the images differ, or a number is out of range.
+        ValueError: the images or the scores differ, or a number is out of range.
     """
     _check(resamples, confidence)
     if set(first.ids) != set(second.ids):
         odd = next(iter(set(first.ids) ^ set(second.ids)))
         raise ValueError(f"the two systems were scored on different images, {odd!r} is in one only")
-    names, table = _statistics(first)
+    task, other_task = (scores.meteor and scores.meteor.task for scores in (first, second))
+    if task != other_task:
+        raise ValueError("the two systems were not scored with the same METEOR; ask for the same of both")
+    names, table, scores_of_sums = _statistics(first)
     row = {image: number for number, image in enumerate(second.ids)}
     other = _statistics(second)[1][[row[image] for image in first.ids]]
-    observed = _scores_of_sums(names, table.sum(axis=0)) - _scores_of_sums(names, other.sum(axis=0))
+    observed = scores_of_sums(table.sum(axis=0)) - scores_of_sums(other.sum(axis=0))
 
     bootstrap = _resampled([table, other], resamples, seed)
     differences = np.concatenate(
-        [_scores_of_sums(names, one) - _scores_of_sums(names, two) for one, two in zip(*bootstrap, strict=True)]
+        [scores_of_sums(one) - scores_of_sums(two) for one, two in zip(*bootstrap, strict=True)]
     )
     extreme = np.zeros(len(names))
     random = np.random.default_rng(seed)
@@ -96,7 +100,7 @@ def paired_test(
     total = table.sum(axis=0), other.sum(axis=0)
     for size in _chunks(resamples, len(table)):
         swapped = random.integers(0, 2, size=(size, len(table)), dtype=np.int8).astype(np.float64) @ exchange
-        chance = _scores_of_sums(names, total[0] + swapped) - _scores_of_sums(names, total[1] - swapped)
+        chance = scores_of_sums(total[0] + swapped) - scores_of_sums(total[1] - swapped)
         extreme += (np.abs(chance) >= np.abs(observed) - 1e-12).sum(axis=0)
     return {
         name: Comparison(
@@ -108,13 +112,13 @@ def paired_test(
     }
 
 
-def _statistics(scores: Scores) -> tuple[list[str], FloatArray]:
-    """The names of the scores, and what to sum over images to get them, (images, statistics).
+def _statistics(scores: Scores) -> tuple[list[str], FloatArray, Callable[[FloatArray], FloatArray]]:
+    """The names of the scores, what to sum over images to get them, (images, statistics), and how to get them.
 
-    The statistics are one column of ones, one per score that is a mean, and ten for BLEU.
+    The statistics are one column of ones, one per score that is a mean, ten for BLEU, and those of METEOR, if any.
     """
-    means = [name for name in scores.corpus if name not in _BLEU]
-    bleu = scores.bleu
+    bleu, meteor = scores.bleu, scores.meteor
+    means = [name for name in scores.corpus if name not in _BLEU and not (name == "meteor" and meteor)]
     table = np.column_stack(
         [
             np.ones(len(scores.ids)),
@@ -123,18 +127,20 @@ def _statistics(scores: Scores) -> tuple[list[str], FloatArray]:
             bleu.guess,
             bleu.length,
             bleu.reference_length,
+            *([meteor.summable()] if meteor else []),
         ]
     )
-    return [*_BLEU, *means], table.astype(np.float64)
+    first = 1 + len(means)
 
+    def scores_of_sums(sums: FloatArray) -> FloatArray:
+        """Corpus scores, (..., names), from summed statistics, (..., statistics)."""
+        correct, guess, rest = np.split(sums[..., first:], [ORDERS, 2 * ORDERS], axis=-1)
+        found = [bleu_from_sums(correct, guess, rest[..., 0], rest[..., 1]), sums[..., 1:first] / sums[..., :1]]
+        if meteor:
+            found.append(meteor_from_sums(sums[..., -STATISTICS:], PARAMETERS[meteor.task])[..., None])
+        return np.concatenate(found, axis=-1)
 
-def _scores_of_sums(names: list[str], sums: FloatArray) -> FloatArray:
-    """Corpus scores, (..., names), from summed statistics, (..., statistics)."""
-    first = 1 + len(names) - ORDERS
-    means = sums[..., 1:first] / sums[..., :1]
-    correct, guess = sums[..., first : first + ORDERS], sums[..., first + ORDERS : first + 2 * ORDERS]
-    bleu = bleu_from_sums(correct, guess, sums[..., -2], sums[..., -1])
-    return np.concatenate([bleu, means], axis=-1)
+    return [*_BLEU, *means, *(["meteor"] if meteor else [])], table.astype(np.float64), scores_of_sums
 
 
 def _chunks(resamples: int, images: int) -> Iterator[int]:

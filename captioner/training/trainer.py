@@ -34,7 +34,7 @@ from captioner.config import DataConfig, DecoderConfig, EncoderConfig, TrainingC
 from captioner.datasets.annotations import captions_sha256
 from captioner.datasets.batches import Batch, CaptionDataset
 from captioner.errors import CaptionerError, CheckpointError, ImageError, WeightsError
-from captioner.evaluation import caption_rows, references_of
+from captioner.evaluation import caption_rows, load_meteor, references_of
 from captioner.model import Caption, Captioner
 from captioner.networks import weights
 from captioner.networks.decoder import Decoder
@@ -187,6 +187,7 @@ class Trainer:
             start: the model to begin with.
         """
         self.config, self.data, self.accelerator = config, data, accelerator
+        self._meteor = load_meteor() if config.meteor else False
         options = config.optimisation
         captions = (caption for example in data.train.examples for caption in example.captions)
         vocabulary = start.vocabulary if start else Vocabulary.build(captions, config.min_count)
@@ -384,7 +385,8 @@ class Trainer:
             captions = [caption for _, caption in sorted(numbered, key=lambda pair: pair[0])]
         # Every process computes the scores, so that all take the same decisions.
         references = references_of(split.examples)
-        scores = metrics.score(references, dict(zip(references, (caption.text for caption in captions), strict=True)))
+        hypotheses = dict(zip(references, (caption.text for caption in captions), strict=True))
+        scores = metrics.score(references, hypotheses, meteor=self._meteor)
         total, words = 0.0, 0
         for batch in self.val.epoch(
             0, batch_size=self.config.optimisation.batch_size, seed=0, by_photo=self.data.encoder.trainable

@@ -3,8 +3,10 @@
 import importlib.util
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from captioner.metrics.tokenization import PUNCTUATION
@@ -48,3 +50,41 @@ def scores(references, hypotheses):
     corpus["cider"], per_image["cider"] = Cider().compute_score(gts, res)
     corpus["cider_d"], per_image["cider_d"] = corpus["cider"], per_image["cider"]
     return corpus, per_image
+
+
+def meteor(references, hypotheses, task="rank"):
+    """METEOR from the jar, run as pycocoevalcap runs it: of the corpus, of each caption, and the statistics of each."""
+    require()
+    folder = Path(next(iter(importlib.util.find_spec("pycocoevalcap").submodule_search_locations))) / "meteor"
+    command = [
+        "java",
+        "-Dfile.encoding=UTF-8",
+        "-jar",
+        "-Xmx2G",
+        "meteor-1.5.jar",
+        "-",
+        "-",
+        "-stdio",
+        "-l",
+        "en",
+        "-norm",
+    ]
+    command += ["-t", task]
+    with subprocess.Popen(
+        command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as jar:
+
+        def ask(lines, answers):
+            writer = threading.Thread(target=lambda: (jar.stdin.writelines(lines), jar.stdin.flush()))
+            writer.start()
+            found = [jar.stdout.readline().decode().strip() for _ in range(answers)]
+            writer.join()
+            return found
+
+        cleaned = [text.replace("|||", "").replace("  ", " ") for text in hypotheses]
+        lines = [" ||| ".join(["SCORE", *texts, text]) for texts, text in zip(references, cleaned, strict=True)]
+        statistics = ask([f"{line}\n".encode() for line in lines], len(lines))
+        *per_image, corpus = ask([f"{' ||| '.join(['EVAL', *statistics])}\n".encode()], len(lines) + 1)
+        jar.stdin.close()
+    counts = np.array([[float(number) for number in line.split()] for line in statistics])
+    return float(corpus), np.array([float(score) for score in per_image]), counts

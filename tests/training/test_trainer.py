@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ENCODER, data, isolated, make_config, make_data, make_photo, train_arguments  # noqa: F401
+from metrics import small_meteor
 from safetensors.torch import load_file
 
 from captioner import Captioner, checkpoint, cli, files, metrics
@@ -56,7 +57,7 @@ def scores_in_order(monkeypatch: pytest.MonkeyPatch, *cider: float) -> None:
     """Let validation say these CIDEr scores, one an epoch."""
     said = iter(cider)
     names = [name for name in metrics.METRICS if name != "cider"]
-    monkeypatch.setattr(metrics, "score", lambda *_: {**dict.fromkeys(names, 0.1), "cider": next(said)})
+    monkeypatch.setattr(metrics, "score", lambda *_, **__: {**dict.fromkeys(names, 0.1), "cider": next(said)})
 
 
 def load_model(run: Path) -> Captioner:
@@ -115,6 +116,16 @@ def test_a_run_leaves_what_others_need(finished: tuple[TrainingConfig, History])
     assert len(saved["epochs"]) == 8
     assert history.best_cider == max(epoch["cider"] for epoch in history.epochs)
     assert history.epochs[history.best_epoch - 1]["cider"] == history.best_cider
+
+
+def test_meteor_where_it_is_asked_for(
+    finished: tuple[TrainingConfig, History], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("nltk")
+    assert "meteor" not in finished[1].epochs[0]
+    small_meteor.install(tmp_path, monkeypatch)
+    history = train(replace(make_config(data, tmp_path / "run", epochs=1), meteor=True))
+    assert 0 < history.epochs[0]["meteor"] <= 1
 
 
 def test_the_loss_falls(finished: tuple[TrainingConfig, History]) -> None:
