@@ -63,6 +63,8 @@ class OnnxEngine:
             return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # of onnxruntime, whose types it does not publish
             reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if "alloc" in reason:
+                raise MemoryError from None
             raise CheckpointError(f"{path}: cannot be loaded ({reason}); export the model again") from None
 
     def features(self, photos: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
