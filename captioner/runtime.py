@@ -57,7 +57,6 @@ class OnnxEngine:
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 4  # errors are raised too
-        options.enable_cpu_mem_arena = False  # memory of the largest batch would be kept for good
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

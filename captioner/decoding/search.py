@@ -27,7 +27,7 @@ from captioner.decoding.step import Floats, Integers, StepModel, largest
 
 __all__ = ["Hypothesis", "SpecialTokens", "StepModel", "decode"]
 
-_ROWS = 768  # captions that are written at once: enough to keep a model busy, few enough for a processor's cache
+_ROWS = 256  # captions that are written at once: enough to keep a model busy, few enough for a processor's cache
 _ROWS_WORKER = 64  # as many are worth a worker of their own
 
 
