@@ -125,7 +125,7 @@ def search(
     logprob: Floats = np.zeros((searches, policy.groups), np.float32)
     beams = Beams(logprob, np.arange(searches), 0, np.zeros((rows, options.max_words), np.int64))
     tokens = np.full(rows, special.start)
-    parents = np.repeat(np.arange(photos), policy.searches * policy.groups)
+    parents = np.arange(rows) // (policy.searches * policy.groups)
     state = model.start(features)
     steps: list[Step] = []
     while len(beams.search) and beams.time < options.max_words:
@@ -199,13 +199,13 @@ class _Found:
         self._note(beams, choice.ended, finished=True)
         least = self._least.take(beams.search, axis=0)
         logprob = choice.logprob.reshape(*least.shape, -1)
-        if self._policy.groups > 1:
-            logprob = np.where(least[:, :, None] < np.inf, logprob, NEVER)
         # Log-probabilities only fall, so that the score at the longest length bounds the score of whatever may follow.
         promising = _score(logprob.max(axis=2), self._options.max_words, self._options) > least
         if promising.all():
             return choice.logprob, None
         self._note_dead(beams, ~promising)
+        if self._policy.groups > 1:
+            logprob = np.where(least[:, :, None] < np.inf, logprob, NEVER)
         return logprob.reshape(choice.logprob.shape), promising.any(axis=1)
 
     def cut(self, beams: Beams) -> None:
