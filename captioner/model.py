@@ -14,11 +14,11 @@ import numpy.typing as npt
 from captioner import checkpoint, hub, images
 from captioner.config import DecodingOptions
 from captioner.decoding.explain import Explanation, explain
-from captioner.decoding.search import decode
+from captioner.decoding.search import Hypothesis, decode
 from captioner.decoding.step import StepModel
 from captioner.errors import CaptionerError, CheckpointError
 from captioner.runtime import OnnxEngine
-from captioner.vocabulary import Vocabulary
+from captioner.vocabulary import Vocabulary, join
 
 if TYPE_CHECKING:
     from captioner.config import Precision
@@ -182,20 +182,11 @@ class Captioner:
             `options.num_captions` captions a photo, best first.
         """
         hypotheses = decode(self.engine, features, self.vocabulary, options or self.options, workers)
-        return [
-            [
-                Caption(
-                    text=self.vocabulary.decode(hypothesis.tokens),
-                    tokens=tuple(self.vocabulary.words(hypothesis.tokens)),
-                    logprob=hypothesis.logprob,
-                    score=hypothesis.score,
-                    finished=hypothesis.finished,
-                    satisfied=hypothesis.satisfied,
-                )
-                for hypothesis in found
-            ]
-            for found in hypotheses
-        ]
+        return [[self._caption(hypothesis) for hypothesis in found] for found in hypotheses]
+
+    def _caption(self, found: Hypothesis) -> Caption:
+        words = self.vocabulary.words(found.tokens)
+        return Caption(join(words), tuple(words), found.logprob, found.score, found.finished, found.satisfied)
 
     def explain(self, photo: images.Source, options: DecodingOptions | None = None) -> Explanation:
         """Caption one photo and keep how the search went; see `caption`."""

@@ -70,6 +70,12 @@ def split(caption: str) -> list[str]:
     return [text[found.start() : found.end()] for found in _PLAIN_WORD.finditer(text.translate(_outline))]
 
 
+def join(words: Iterable[str]) -> str:
+    """The text of words, with `n't` and `'s` joined to the words before them again."""
+    text = " ".join(words)
+    return _ATTACHED.sub(r"\1", text) if "'" in text else text
+
+
 class Vocabulary:
     """The words that a model knows, and how a caption becomes ids and back."""
 
@@ -93,6 +99,7 @@ class Vocabulary:
             twice = next(word for index, word in enumerate(self._words) if self._ids[word] != index)
             raise CheckpointError(f"the vocabulary has the word {twice[:40]!r} twice; fetch the model again")
         self.pad, self.start, self.end, self.unk = (self._special(token) for token in _SPECIAL)
+        self._silent = frozenset((self.pad, self.start, self.unk))
         self._plain = {word: index for word, index in self._ids.items() if word not in _SPECIAL}
 
     @classmethod
@@ -227,13 +234,13 @@ class Vocabulary:
         for index in ids:
             if index == self.end:
                 break
-            if index not in (self.pad, self.start, self.unk):
+            if index not in self._silent:
                 found.append(self._words[index])
         return found
 
     def decode(self, ids: Iterable[int]) -> str:
         """Ids to text, with `n't` and `'s` joined to their words again."""
-        return _ATTACHED.sub(r"\1", " ".join(self.words(ids)))
+        return join(self.words(ids))
 
     def _special(self, token: str) -> int:
         if token not in self._ids:

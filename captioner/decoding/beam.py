@@ -130,7 +130,15 @@ def keep_best(
 
 
 def among_best(ended: Floats, going: Floats, count: int) -> Floats:
-    """Endings that are among the `count` best of themselves and the continuations; -inf in place of the others."""
+    """Endings that are among the `count` best of themselves and the continuations; -inf in place of the others.
+
+    Args:
+        ended: log-probabilities of endings, `(searches, captions)`.
+        going: of the best continuations, likeliest first.
+        count: how many to keep.
+    """
+    if going.shape[1] >= count and not (ended >= going[:, -1:]).any():  # as mostly, where captions are few
+        return ended + NEVER
     both = np.concatenate((going, ended), axis=1)
     last = both.shape[1] - count
     if last <= 0:

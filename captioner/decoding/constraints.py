@@ -87,8 +87,7 @@ class Rules:
         self._late[sorted(others)] = -np.inf
         self._early = self._late.copy()
         self._early[special.end] = -np.inf
-        self._named_late: Floats = np.zeros(len(policy.named), np.float32)
-        self._named_early = np.where(policy.named == special.end, NEVER, self._named_late)
+        self._named_early: Floats = np.where(policy.named == special.end, NEVER, np.float32(0))
         self._passed = len(others | {special.end})  # words that the model may answer with in vain
         self._named = policy.named
         self._all: Integers = np.arange(size)
@@ -110,7 +109,7 @@ class Rules:
         """
         row, word = self._repeats(beams)
         early = beams.time < self._min_words
-        penalty, on_named = (self._early, self._named_early) if early else (self._late, self._named_late)
+        penalty = self._early if early else self._late
         if count is None:
             logprob, state = model.step_all(tokens, parents, state)
             logprob = np.fmax(logprob + penalty, NEVER)  # which also takes the place of NaN
@@ -120,7 +119,9 @@ class Rules:
         count = min(count + self._passed + most, len(self._all))
         (logprob, words, named), state = model.step(tokens, parents, state, count, self._named)
         logprob = np.fmax(logprob + penalty.take(words), NEVER)
-        named = np.fmax(named + on_named, NEVER)
+        named = np.fmax(named, NEVER)
+        if early:
+            named += self._named_early
         if len(row):
             for known, ids in ((logprob, words[row]), (named, self._named[None])):
                 pair, column = np.nonzero(ids == word[:, None])
@@ -132,11 +133,18 @@ class Rules:
         runs = beams.time - self._ngram + 1  # that a caption has
         if not self._ngram or runs <= 0:
             return self._all[:0], self._all[:0]
-        words, begins = beams.words, np.ones((len(beams.words), runs), np.bool_)
-        for place in range(self._ngram - 1):  # whether a run begins as the words just written
-            begins &= words[:, place : place + runs] == words[:, runs + place, None]
+        words, before = beams.words, self._ngram - 1  # words of a run before its last
+        if not before:
+            begins = np.ones((len(words), runs), np.bool_)
+        else:  # whether a run goes on as the captions do: the word just written is rarely an earlier one too
+            begins = words[:, before - 1 : before - 1 + runs] == words[:, beams.time - 1, None]
         row, run = begins.nonzero()
-        return row, words[row, run + self._ngram - 1]
+        if not len(row):
+            return row, run
+        for place in range(before - 1):
+            same = words[row, run + place] == words[row, runs + place]
+            row, run = row[same], run[same]
+        return row, words[row, run + before]
 
 
 class Automaton:

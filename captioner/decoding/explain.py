@@ -105,9 +105,9 @@ def _grow(steps: Sequence[Step], end: int) -> _Node:
     root = _Node(fate="continued")
     # The node of each caption that is being written, by the number of its search and its place there.
     grid = {(number, place): root for number, row in enumerate(steps[0].beams.logprob) for place in range(len(row))}
-    for beams, choice, *considered in steps:
+    for beams, choice, likeliest, likely_words in steps:
         following: dict[tuple[int, int], _Node] = {}
-        parts = (beams.search, beams.logprob, choice.ended, *considered, *choice[:3])
+        parts = (beams.search, beams.logprob, choice.ended, likeliest, likely_words, *choice[:3])
         for number, before, ended, logprobs, words, parents, chosen, reached in zip(
             *(part.tolist() for part in parts), strict=True
         ):

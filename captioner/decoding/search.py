@@ -125,7 +125,7 @@ def search(
     logprob: Floats = np.zeros((searches, policy.groups), np.float32)
     beams = Beams(logprob, np.arange(searches), 0, np.zeros((rows, options.max_words), np.int64))
     tokens = np.full(rows, special.start)
-    parents = np.repeat(np.arange(photos), policy.searches * policy.groups)
+    parents = np.arange(rows) // (policy.searches * policy.groups)
     state = model.start(features)
     steps: list[Step] = []
     while len(beams.search) and beams.time < options.max_words:
@@ -181,7 +181,7 @@ class _Found:
         self._captions: list[_Caption] = []
         groups = photos * policy.searches * policy.groups  # of all searches; from here on they are numbered through
         self._scores: list[list[float]] = [[] for _ in range(groups)]  # of the captions that ended, worst first
-        self._dead: set[int] = set()  # groups that came to a dead end
+        self._dead: dict[int, _Caption] = {}  # the last captions of groups that came to a dead end
         #: The score that a caption of each group must exceed, `(searches, groups)`: infinite where the group is over.
         self._least: Floats = np.full((photos * policy.searches, policy.groups), -np.inf, np.float32)
 
@@ -198,15 +198,16 @@ class _Found:
         """
         self._note(beams, choice.ended, finished=True)
         least = self._least.take(beams.search, axis=0)
-        logprob = choice.logprob.reshape(*least.shape, -1)
-        if self._policy.groups > 1:
-            logprob = np.where(least[:, :, None] < np.inf, logprob, NEVER)
+        logprob = choice.logprob.reshape(len(least), self._policy.groups, -1)
         # Log-probabilities only fall, so that the score at the longest length bounds the score of whatever may follow.
         promising = _score(logprob.max(axis=2), self._options.max_words, self._options) > least
         if promising.all():
             return choice.logprob, None
         self._note_dead(beams, ~promising)
-        return logprob.reshape(choice.logprob.shape), promising.any(axis=1)
+        if self._policy.groups > 1:
+            logprob = np.where(least[:, :, None] < np.inf, logprob, NEVER)
+        going: npt.NDArray[np.bool_] = np.any(promising, axis=1)
+        return logprob.reshape(len(least), -1), going
 
     def cut(self, beams: Beams) -> None:
         """Note the captions that were still being written after the last step."""
@@ -214,12 +215,13 @@ class _Found:
 
     def ranked(self) -> list[list[Hypothesis]]:
         """The best captions of each photo."""
-        logprob = np.array([caption.logprob for caption in self._captions], np.float32)
-        length = np.array([max(len(caption.words) + caption.finished, 1) for caption in self._captions])
-        scores = _score(logprob, length, self._options).tolist()
+        found = [*self._captions, *(self._dead[number] for number in sorted(self._dead))]
+        logprobs: Floats = np.array([caption.logprob for caption in found], np.float32)
+        length = np.array([max(len(caption.words) + caption.finished, 1) for caption in found])
+        scores = _score(logprobs, length, self._options).tolist()
         captions: list[list[Hypothesis]] = [[] for _ in range(self._photos)]
         for score, (photo, words, logprob, finished, stuck) in sorted(
-            zip(scores, self._captions, strict=True), key=lambda each: (each[1].stuck, -each[0])
+            zip(scores, found, strict=True), key=lambda each: (each[1].stuck, -each[0])
         ):
             others, tokens = captions[photo], tuple(words)
             again = self._policy.distinct and any(other.tokens == tokens for other in others)
@@ -238,8 +240,9 @@ class _Found:
         score = _score(logprob, beams.time + 1, self._options)
         group = beams.search[row] * policy.groups + place // size
         words = beams.words[row * beams.logprob.shape[1] + place, : beams.time]
-        for number, *caption, points in zip(*(part.tolist() for part in (group, words, logprob, score)), strict=True):
-            self._captions.append(_Caption(number // (policy.groups * policy.searches), *caption, finished))
+        ended = zip(*(part.tolist() for part in (group, words, logprob, score)), strict=True)
+        for number, tokens, total, points in ended:
+            self._captions.append(_Caption(number // (policy.groups * policy.searches), tokens, total, finished))
             scores = self._scores[number]
             insort(scores, points)
             if len(scores) >= policy.wanted:
@@ -251,12 +254,11 @@ class _Found:
         for row, group in zip(*(part.tolist() for part in over.nonzero()), strict=True):
             number = int(beams.search[row]) * policy.groups + group
             if not self._scores[number] and number not in self._dead:
-                self._dead.add(number)
                 logprob = beams.logprob[row].reshape(policy.groups, -1)
                 place = group * logprob.shape[1] + int(logprob[group].argmax())
                 words = beams.words[row * logprob.size + place, : beams.time].tolist()
                 photo = number // (policy.groups * policy.searches)
-                self._captions.append(_Caption(photo, words, float(logprob[group].max()), False, stuck=True))
+                self._dead[number] = _Caption(photo, words, float(logprob[group].max()), False, stuck=True)
 
 
 def _considered(candidates: Candidates, named: Integers, beams: Beams, count: int) -> tuple[Floats, Integers]:
