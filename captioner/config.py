@@ -92,6 +92,7 @@ class DecodingOptions:
     length_normalisation: Normalisation = "none"  # divisor of a log-probability, by which captions are ranked
     gnmt_alpha: float = 0.6  # strength of the "gnmt" normalisation, ((5 + length) / 6) ** alpha
     no_repeat_ngram: int = 0  # a run of this many words comes at most once in a caption; 0 allows all
+    no_repeat_words: bool = False  # a word comes at most once in a caption, except "a", "the", "of" and the like
     forbidden_words: tuple[str, ...] = ()  # words that a caption never has
     required_words: tuple[str, ...] = ()  # words or phrases that every caption has; "dog|dogs": one of the two
     beam_groups: int = 1  # groups that the beam is split into, each urged to differ from those before it

@@ -65,6 +65,12 @@ def forbidden_ids(special: SpecialTokens, options: DecodingOptions) -> set[int]:
     return found
 
 
+#: Words of grammar, which a good caption may have twice; all others name things, properties and actions.
+GRAMMAR = """a an the of in on at to and or with by for from is are was were be being been his her their its it he she
+they them that this there as up down out off over under into onto next near through while one two three some other
+another who which has have not n't 's very all behind around along between across front top""".split()
+
+
 class Rules:
     """Asks a model for words, without those that may not come; the probabilities of the others stay as they are."""
 
@@ -72,7 +78,7 @@ class Rules:
         """Look up the words that may not come.
 
         Args:
-            options: `forbidden_words`, `min_words`, `no_repeat_ngram`.
+            options: `forbidden_words`, `min_words`, `no_repeat_ngram`, `no_repeat_words`.
             special: the vocabulary. `[pad]`, `[start]` and `[unk]` are never written.
             policy: the words that it names are not among the others.
             size: of the vocabulary.
@@ -93,6 +99,11 @@ class Rules:
         self._all: Integers = np.arange(size)
         self._min_words = options.min_words
         self._ngram = options.no_repeat_ngram
+        #: Whether a word may come only once; None: all words may come again.
+        self._once: npt.NDArray[np.bool_] | None = None
+        if options.no_repeat_words:
+            self._once = np.ones(size, np.bool_)
+            self._once[[i for word in GRAMMAR for i in word_ids(special, word, "no_repeat_words")]] = False
 
     def ask(
         self, model: StepModel, tokens: Integers, parents: Integers, state: State, count: int | None, beams: Beams
@@ -129,6 +140,15 @@ class Rules:
         return Candidates(logprob, words, named), state
 
     def _repeats(self, beams: Beams) -> tuple[Integers, Integers]:
+        """The rows and words that would repeat a run of words, or a word that may come only once."""
+        row, word = self._repeated_runs(beams)
+        if self._once is None or not beams.time:
+            return row, word
+        written = beams.words[:, : beams.time]
+        again, place = self._once[written].nonzero()
+        return np.concatenate([row, again]), np.concatenate([word, written[again, place]])
+
+    def _repeated_runs(self, beams: Beams) -> tuple[Integers, Integers]:
         """The rows and words that would repeat a run of `no_repeat_ngram` words."""
         runs = beams.time - self._ngram + 1  # that a caption has
         if not self._ngram or runs <= 0:

@@ -14,19 +14,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from captioner.scoring import references_of
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name that everyone uses
 
 from captioner import metrics
-from captioner.config import DecoderConfig, DecodingOptions, EncoderConfig
+from captioner.config import DecoderConfig, DecodingOptions, EncoderConfig, Precision
 from captioner.datasets.annotations import Annotations, Example
+from captioner.decoding.search import decode
 from captioner.model import Captioner
 from captioner.networks.decoder import Decoder
 from captioner.networks.encoder import Encoder
+from captioner.networks.inference import TorchDecoder, TorchEngine
 from captioner.vocabulary import Vocabulary
 
-SEARCH = DecodingOptions(length_normalisation="average", no_repeat_ngram=3, precision="fp32")
+SEARCH = DecodingOptions(length_normalisation="average", no_repeat_ngram=3, no_repeat_words=True, max_words=28)
 MIN_COUNT = 5  # words seen fewer times in the captions of training photos become [unk]
 MAX_WORDS = 20  # longer training captions are cut there
 
@@ -119,14 +120,12 @@ class Average:
                 self.state[name].lerp_(tensor, share)
 
 
-@torch.inference_mode()
 def describe(
-    decoder: Decoder, features: Tensor, vocabulary: Vocabulary, options: DecodingOptions = SEARCH
+    decoder: Decoder, features: Tensor, vocabulary: Vocabulary, precision: Precision = "fp32"
 ) -> list[str]:
     """The best caption of each row of features."""
-    encoder = Encoder(EncoderConfig("tiny", "random", 64), trainable=True)  # stands in; it is not asked
-    captioner = Captioner(encoder, decoder, vocabulary, options)
-    return [best.text for best, *_ in captioner.describe(features)]
+    found = decode(TorchDecoder(decoder, precision), features.float().numpy(), vocabulary, SEARCH)
+    return [vocabulary.decode(best.tokens) for best, *_ in found]
 
 
 def report(examples: Sequence[Example], captions: Sequence[str]) -> dict[str, Any]:
@@ -134,7 +133,7 @@ def report(examples: Sequence[Example], captions: Sequence[str]) -> dict[str, An
     result: dict[str, Any] = {}
     for name in ("flickr8k", "coco"):
         chosen = [i for i, example in enumerate(examples) if str(example.image_id).startswith(name)]
-        references = references_of([examples[i] for i in chosen])
+        references = {examples[i].image_id: examples[i].captions for i in chosen}
         scores = metrics.score(references, dict(zip(references, (captions[i] for i in chosen), strict=True)))
         result[name] = {"b4": round(scores["bleu_4"], 4), "cider": round(scores["cider"], 4)}
     words = [caption.split() for caption in captions]
@@ -161,7 +160,8 @@ def save(
 ) -> None:
     """Write a model in the project's form."""
     encoder = Encoder(EncoderConfig("efficientnet_lite2", "default", 192), network)
-    Captioner(encoder, decoder, vocabulary, SEARCH, training).save_pretrained(folder)
+    engine = TorchEngine(encoder, decoder, "fp32")
+    Captioner(engine, vocabulary, SEARCH, training).save_pretrained(folder)
 
 
 def new_decoder(vocabulary: Vocabulary, hidden: int = 512) -> Decoder:
