@@ -43,9 +43,13 @@ def main() -> None:
     encoder = Encoder(EncoderConfig("efficientnet_lite2", "default", 192), network)
     val = data.split("val")
     photos = Photos([example.path for example in val], 192)
-    with torch.inference_mode():
-        rows = np.array_split(np.arange(len(val)), max(1, len(val) // 50))
-        features = torch.cat([encoder(torch.from_numpy(photos[some])) for some in rows])
+    seen = arguments.joint / "features_val.npy"  # the CNN is the same, whatever the decoder
+    if not seen.exists():
+        with torch.inference_mode():
+            rows = np.array_split(np.arange(len(val)), max(1, len(val) // 50))
+            features = torch.cat([encoder(torch.from_numpy(photos[some])) for some in rows])
+        np.save(seen, features.numpy())
+    features = torch.from_numpy(np.load(seen))
     captions = common.describe(decoder, features, vocabulary)
     record = common.report(val, captions)
     training = {"scores": {}}
