@@ -120,9 +120,7 @@ class Average:
                 self.state[name].lerp_(tensor, share)
 
 
-def describe(
-    decoder: Decoder, features: Tensor, vocabulary: Vocabulary, precision: Precision = "fp32"
-) -> list[str]:
+def describe(decoder: Decoder, features: Tensor, vocabulary: Vocabulary, precision: Precision = "fp32") -> list[str]:
     """The best caption of each row of features."""
     found = decode(TorchDecoder(decoder, precision), features.float().numpy(), vocabulary, SEARCH)
     return [vocabulary.decode(best.tokens) for best, *_ in found]

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from captioner.scoring import references_of
 
 from captioner import metrics
 from captioner.config import EncoderConfig
@@ -55,7 +54,7 @@ def main() -> None:
     training = {"scores": {}}
     for name in ("flickr8k", "coco"):
         found = [(e, c) for e, c in zip(val, captions, strict=True) if str(e.image_id).startswith(name)]
-        references = references_of([e for e, _ in found])
+        references = {e.image_id: e.captions for e, _ in found}
         scored = metrics.evaluate(references, dict(zip(references, (c for _, c in found), strict=True)))
         intervals = metrics.bootstrap_intervals(scored)
         record[f"{name}_intervals"] = {

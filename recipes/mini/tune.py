@@ -13,7 +13,6 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +56,7 @@ class Rewards:
         references = {row: [train.tokens[n][1:].tolist() for n in ns] for row, ns in enumerate(train.by_photo())}
         self._cider = CiderD(references)
         self._penalty = penalty
-        words = {i: str(vocabulary.tokenizer.id_to_token(i)) for i in range(len(vocabulary))}
+        words = {i: vocabulary.word_of(i) for i in range(len(vocabulary))}
         self._meaning = {i for i, word in words.items() if common.has_meaning(word)}
 
     def __call__(self, rows: Sequence[int], captions: Sequence[Sequence[int]]) -> np.ndarray:
@@ -123,8 +122,7 @@ def main() -> None:
         averaged = common.new_decoder(vocabulary).eval()
         averaged.load_state_dict(torch.load(path))
         gathered: list[list[str]] = [[] for _ in range(processes)]
-        quick = replace(common.SEARCH, precision="auto")
-        distributed.all_gather_object(gathered, common.describe(averaged, val_features, vocabulary, quick))
+        distributed.all_gather_object(gathered, common.describe(averaged, val_features, vocabulary, "auto"))
         captions = [gathered[i % processes][i // processes] for i in range(len(val.examples))]
         if rank == 0:
             torch.save(average.state, arguments.output / f"step-{step}.pt")

@@ -124,8 +124,8 @@ def test_every_worker_has_its_part():
         return sorted(counts)
 
     counts = []
-    assert counted(300, 1) == [150, 150]
-    assert counted(300, 3) == [100] * 3
+    assert counted(300, 1) == [60] * 5  # of 240 rows
+    assert counted(300, 3) == [50] * 6
     assert counted(30, 3) == [15, 15]  # 60 rows each: fewer are not worth a worker
     assert counted(2, 3) == [2]
     assert counted(0, 3) == []

@@ -113,7 +113,7 @@ def test_drawn_captions_are_worth_less_for_a_word_said_again(tmp_path, monkeypat
     data = merged(tmp_path)
     vocabulary = common.vocabulary_of(data)
     train = common.Set.of(data.split("train"), vocabulary)
-    runs = vocabulary.tokenizer.token_to_id("runs")
+    runs = vocabulary.id_of("runs")
     caption = [*vocabulary.encode(["a dog runs"])[0][1:-1], runs, vocabulary.end]
     free, punished = (tune.Rewards(train, vocabulary, penalty)([0], [caption])[0] for penalty in (0.0, 0.2))
     assert punished == pytest.approx(free - 0.2)
