@@ -50,8 +50,8 @@ _MOST_LEARNING_RATE = 1.0  # Adam moves every weight by about the learning rate 
 class EncoderConfig:
     """The CNN, which turns a photo into 4096 numbers."""
 
-    name: EncoderName = "vgg16"  # network of torchvision, or "mini" or "tiny", which are this project's own
-    weights: str = "default"  # "default" (of torchvision, downloaded once; mini's are in the box), "random", or a file
+    name: EncoderName = "vgg16"  # torchvision's; "efficientnet_lite2" (an extra); or our own "tiny" or "mini"
+    weights: str = "default"  # "default" (torchvision's, downloaded once; the extra's), "random", or a file
     image_size: int = 224  # photos are resized to this height and width, in pixels
 
     def __post_init__(self) -> None:
@@ -92,7 +92,7 @@ class DecodingOptions:
     length_normalisation: Normalisation = "none"  # divisor of a log-probability, by which captions are ranked
     gnmt_alpha: float = 0.6  # strength of the "gnmt" normalisation, ((5 + length) / 6) ** alpha
     no_repeat_ngram: int = 0  # a run of this many words comes at most once in a caption; 0 allows all
-    no_repeat_words: bool = False  # a word comes at most once in a caption, except "a", "the", "of" and the like
+    unique_words: bool = False  # a word comes at most once in a caption, except "a", "the", "of" and the like
     forbidden_words: tuple[str, ...] = ()  # words that a caption never has
     required_words: tuple[str, ...] = ()  # words or phrases that every caption has; "dog|dogs": one of the two
     beam_groups: int = 1  # groups that the beam is split into, each urged to differ from those before it

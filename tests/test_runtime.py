@@ -46,7 +46,7 @@ def exported(saved, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def photos():
-    return np.random.default_rng(0).integers(0, 256, (9, 3, 144, 144)).astype(np.uint8)
+    return np.random.default_rng(0).integers(0, 256, (9, 3, 192, 192)).astype(np.uint8)
 
 
 def without_torch(code, *arguments):

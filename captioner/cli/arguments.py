@@ -56,7 +56,7 @@ def _optional(kind: type) -> Any:
     types, texts = get_type_hints(kind), comments(kind)
     fields = {
         field.name: Annotated[
-            types[field.name],
+            tyro.conf.FlagConversionOff[types[field.name]],  # what the model has may be turned off too
             tyro.conf.arg(help=texts.get(field.name), help_behavior_hint="(default: the model's own)"),
         ]
         for field in dataclasses.fields(kind)

@@ -13,6 +13,7 @@ from itertools import product
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 
 from captioner.config import DecodingOptions
 from captioner.decoding.beam import NEVER, Beams, Candidates, Choice, Policy, among_best
@@ -78,7 +79,7 @@ class Rules:
         """Look up the words that may not come.
 
         Args:
-            options: `forbidden_words`, `min_words`, `no_repeat_ngram`, `no_repeat_words`.
+            options: `forbidden_words`, `min_words`, `no_repeat_ngram`, `unique_words`.
             special: the vocabulary. `[pad]`, `[start]` and `[unk]` are never written.
             policy: the words that it names are not among the others.
             size: of the vocabulary.
@@ -101,9 +102,9 @@ class Rules:
         self._ngram = options.no_repeat_ngram
         #: Whether a word may come only once; None: all words may come again.
         self._once: npt.NDArray[np.bool_] | None = None
-        if options.no_repeat_words:
+        if options.unique_words:
             self._once = np.ones(size, np.bool_)
-            self._once[[i for word in GRAMMAR for i in word_ids(special, word, "no_repeat_words")]] = False
+            self._once[[i for word in GRAMMAR for i in word_ids(special, word, "unique_words")]] = False
 
     def ask(
         self, model: StepModel, tokens: Integers, parents: Integers, state: State, count: int | None, beams: Beams

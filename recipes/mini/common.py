@@ -27,7 +27,7 @@ from captioner.networks.encoder import Encoder
 from captioner.networks.inference import TorchDecoder, TorchEngine
 from captioner.vocabulary import Vocabulary
 
-SEARCH = DecodingOptions(length_normalisation="average", no_repeat_ngram=3, no_repeat_words=True, max_words=28)
+SEARCH = DecodingOptions(length_normalisation="average", no_repeat_ngram=3, unique_words=True, max_words=28)
 MIN_COUNT = 5  # words seen fewer times in the captions of training photos become [unk]
 MAX_WORDS = 20  # longer training captions are cut there
 

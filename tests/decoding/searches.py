@@ -130,7 +130,7 @@ def allowed(tokens, size, options):
     if n:
         seen = {tokens[i : i + n] for i in range(len(tokens) - n + 1)}
         words = [w for w in words if (*tokens, w)[-n:] not in seen]
-    if options.no_repeat_words:  # of the letters, "a" is a word of grammar
+    if options.unique_words:  # of the letters, "a" is a word of grammar
         words = [w for w in words if w not in tokens or w in SPECIAL.encode(["a"])[0]]
     return words, len(tokens) >= options.min_words
 
@@ -196,7 +196,7 @@ searches = st.fixed_dictionaries(
         "min_words": st.integers(0, 1),
         "length_normalisation": st.sampled_from(["none", "average", "gnmt"]),
         "no_repeat_ngram": st.integers(0, 2),
-        "no_repeat_words": st.booleans(),
+        "unique_words": st.booleans(),
         "forbidden_words": st.sampled_from([(), ("a",), ("a", "c", "zebra")]),
     }
 )
@@ -209,7 +209,7 @@ LARGE.logits[:, SPECIAL.end] += 5.0
 ways = {
     "greedy": {"beam_size": 1},
     "beam": {"beam_size": 5, "num_captions": 3},
-    "average": {"length_normalisation": "average", "no_repeat_ngram": 2, "no_repeat_words": True},
+    "average": {"length_normalisation": "average", "no_repeat_ngram": 2, "unique_words": True},
     "groups": {"beam_size": 6, "beam_groups": 3, "num_captions": 2},
     "required": {"required_words": ("a", "b c|d")},
     "sample": {"method": "sample", "num_captions": 3},

@@ -48,7 +48,7 @@ def test_beam_as_wide_as_the_tree_equals_brute_force(model, photo, given_options
         "min_words": 0,
         "length_normalisation": "average",
         "no_repeat_ngram": 0,
-        "no_repeat_words": False,
+        "unique_words": False,
         "forbidden_words": (),
     },
     3,

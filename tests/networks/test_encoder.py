@@ -242,7 +242,7 @@ def test_weights_of_another_network(tmp_path, torchvision_state):
 def test_files_that_hold_no_weights(tmp_path):
     with pytest.raises(
         WeightsError,
-        match=r"none\.pth: no such weight file for squeezenet1_1; .*mini --encoder\.image-size 144 --encoder",
+        match=r"none\.pth: no such weight file for squeezenet1_1; .*efficientnet_lite2 --encoder\.image-size 192",
     ):
         encoder(file=tmp_path / "none.pth")
     (tmp_path / "a.safetensors").write_bytes(b"hello")
@@ -279,7 +279,7 @@ def test_no_network_and_no_file(cache, name, file):
         WeightsError,
         match=rf"^no weights for {name}: https://download\.pytorch\.org/models/{file} cannot be downloaded "
         rf"\(Name or service not known\); put that file at {cache / file}, pass --encoder\.weights FILE, "
-        r"or use the CNN in the box: --encoder\.name mini$",
+        r"or use the one of the package registry: .*--encoder\.name efficientnet_lite2 .*$",
     ):
         encoder(name, "default")
 

@@ -1,6 +1,5 @@
 """Files of tensors: what is read, what is refused, and what a fingerprint means."""
 
-import json
 import os
 import pickle
 
@@ -150,8 +149,3 @@ def test_a_network_is_filled():
         weights.fill(layer, {"weight": given["weight"]}, "model")
     with pytest.raises(CheckpointError, match=r"bias is int64 instead of float32"):
         weights.fill(layer, given | {"bias": np.zeros(2, np.int64)}, "model")
-
-
-def test_the_cnn_of_the_box():
-    config = json.loads((weights.PRETRAINED / "mini" / "config.json").read_text())
-    assert weights.fingerprint(weights.packaged("mini")) == config["encoder"]["weights_sha256"]
