@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -110,23 +110,34 @@ def read(path: Path, names: Collection[str] | None = None) -> dict[str, Array]:
     Raises:
         WeightsError: the file cannot be read, holds numbers that are not finite, or types that numpy lacks.
     """
-    found: dict[str, Array] = {}
     entries = header(path)
+    return dict(each(path, {name: entries[name] for name in (entries if names is None else names)}))
+
+
+def each(path: Path, entries: Mapping[str, Entry]) -> Iterator[tuple[str, Array]]:
+    """Read tensors one after another.
+
+    Args:
+        path: a `.safetensors` file.
+        entries: of its `header`.
+
+    Raises:
+        WeightsError: see `read`.
+    """
     try:
         with path.open("rb") as file:
-            for name in entries if names is None else names:
+            for name in entries:
                 entry = entries[name]
                 if entry.dtype == "bfloat16":
                     raise WeightsError(f"{path}: {name} is bfloat16; expected float32; fetch it again")
                 file.seek(entry.begin)
                 # Little-endian, as the format says.
                 array = np.fromfile(file, np.dtype(entry.dtype).newbyteorder("<"), math.prod(entry.shape))
-                found[name] = array.astype(entry.dtype, copy=False).reshape(entry.shape)
                 if not finite(array):
                     raise WeightsError(f"{path}: {name} holds numbers that are not finite; fetch it again")
+                yield name, array.astype(entry.dtype, copy=False).reshape(entry.shape)
     except (OSError, ValueError) as error:  # the file was replaced or cut since its header was read
         raise WeightsError(f"{path}: cannot be read as weights ({error}); fetch it again") from None
-    return found
 
 
 def finite(array: Array) -> bool:
