@@ -54,9 +54,10 @@ def comments(kind: type) -> dict[str, str]:
 def _optional(kind: type) -> Any:
     """The fields of a dataclass as arguments of which only those that are given appear in the result."""
     types, texts = get_type_hints(kind), comments(kind)
+    valued: Any = tyro.conf.FlagConversionOff  # switches that the model has turned on may be turned off
     fields = {
         field.name: Annotated[
-            tyro.conf.FlagConversionOff[types[field.name]],  # what the model has may be turned off too
+            valued[types[field.name]],
             tyro.conf.arg(help=texts.get(field.name), help_behavior_hint="(default: the model's own)"),
         ]
         for field in dataclasses.fields(kind)
