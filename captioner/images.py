@@ -212,7 +212,7 @@ def walk(
 
 
 def _entries(folder: str, searched: set[tuple[int, int]]) -> list[os.DirEntry[str]]:
-    """What is in a folder, by name; nothing if it was searched before."""
+    """The entries of a folder, by name; none if it was searched before."""
     status = Path(folder).stat()
     if (status.st_dev, status.st_ino) in searched:
         return []

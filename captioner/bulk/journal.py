@@ -1,4 +1,4 @@
-"""What was done: one SQLite file, which is the truth that every output is made from.
+"""The record of finished work: one SQLite file, which is the truth that every output is made from.
 
 A photo's row is committed when its captions are known. A run that is killed at any moment therefore loses at most the
 photos that it had in hand, and the next run finds all others. Outputs are written from the journal, in the order of
@@ -87,7 +87,7 @@ Result = tuple[Todo, Sequence[Found] | ImageError, str | None, str]
 
 @dataclass
 class Counts:
-    """What a run found in its sources."""
+    """The photos that a run found in its sources."""
 
     found: int = 0  # places in the source
     known: int = 0  # photos that were done before
@@ -224,7 +224,7 @@ class Journal:
         ]
 
     def _along(self, place: int, block: Sequence[Item]) -> dict[str, _Known]:
-        """What is known of a block of photos, by id."""
+        """The records of a block of photos, by id."""
         known: dict[str, _Known] = {}
         columns = "photos.number, id, image, size, modified, sha256, captions IS NOT NULL"
         if self._aligned:

@@ -46,7 +46,7 @@ _LOOK = 0.2
 
 
 class Model(Protocol):
-    """What the pipeline asks of a model (`captioner.model.Captioner`)."""
+    """A model as the pipeline needs it (`captioner.model.Captioner`)."""
 
     @property
     def image_size(self) -> int:
@@ -63,7 +63,7 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Captioned:
-    """What became of one photo."""
+    """The captions of one photo, or why there are none."""
 
     path: Path
     captions: tuple[Caption, ...]  # best first; empty if the photo could not be decoded
@@ -72,7 +72,7 @@ class Captioned:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of one item."""
+    """The captions of one item, or why there are none."""
 
     captions: Sequence[Caption]  # best first; empty if there is an error
     error: ImageError | None

@@ -36,7 +36,7 @@ _COMMIT_SECONDS, _COMMIT_ROWS = 1.0, 256
 
 @dataclass(frozen=True)
 class Provenance:
-    """What captions depend on: a journal with others is not continued."""
+    """The model and options that captions depend on: a journal with others is not continued."""
 
     name: str  # of the model, for people
     model: str  # a hash of its files
@@ -334,7 +334,7 @@ def advice(report: Report) -> Iterator[str]:
         yield f"photos without a caption, and why: {report.failures}"
 
 
-def fingerprint(folder: Path) -> str:
+def model_sha256(folder: Path) -> str:
     """SHA-256 of the files of a saved model that captions depend on."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):

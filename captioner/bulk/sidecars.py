@@ -138,7 +138,7 @@ def _xmp(path: Path, row: Row, rules: Rules) -> bytes | None:
 
 @dataclass(frozen=True)
 class _Signature:
-    """What this program once said in a sidecar."""
+    """The caption that this program once wrote into a sidecar."""
 
     caption: str
     source: str  # name of the photo

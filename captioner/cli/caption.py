@@ -106,7 +106,7 @@ def _bulk(job: Job, chosen: CaptionArguments) -> int:
     _check_words(captioner, options)
     provenance = run.Provenance(
         name=chosen.model,
-        model=run.fingerprint(hub.find(chosen.model)),
+        model=run.model_sha256(hub.find(chosen.model)),
         options=options,
         engine=type(captioner.engine).__name__,
     )

@@ -62,7 +62,7 @@ def java_scores(
 
 
 def why_not(metric: str) -> str | None:
-    """What keeps a Java metric from being computed here, with what to do about it; None if nothing does."""
+    """The reason why a Java metric cannot be computed here, and the remedy; None if it can."""
     spec = importlib.util.find_spec("pycocoevalcap")
     if spec is None or not spec.submodule_search_locations:
         return f"{metric} needs pycocoevalcap, which is not installed; install it: pip install 'captioner[meteor]'"

@@ -27,7 +27,7 @@ class Scores:
     ids: tuple[Hashable, ...]  # the images, in the order of the references
     corpus: dict[str, float]  # score of the whole set by name; BLEU and METEOR are not the mean of their captions'
     per_image: dict[str, FloatArray]  # (images,) by name
-    bleu: BleuStatistics = field(repr=False)  # what corpus BLEU of any subset is computed from
+    bleu: BleuStatistics = field(repr=False)  # corpus BLEU of any subset is computed from these
     meteor: MeteorStatistics | None = field(default=None, repr=False)  # the same of METEOR, where it was asked for
 
 

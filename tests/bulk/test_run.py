@@ -324,14 +324,14 @@ def test_settings_that_cannot_be_meant(settings, said):
         Job(**settings)
 
 
-def test_fingerprints_are_of_what_captions_depend_on(tmp_path):
+def test_the_hash_of_a_model_is_of_what_captions_depend_on(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "README.md").write_text("x")
-    before = run.fingerprint(tmp_path)
+    before = run.model_sha256(tmp_path)
     (tmp_path / "README.md").write_text("y")
-    assert run.fingerprint(tmp_path) == before
+    assert run.model_sha256(tmp_path) == before
     (tmp_path / "config.json").write_text("{ }")
-    assert run.fingerprint(tmp_path) != before
+    assert run.model_sha256(tmp_path) != before
 
 
 def test_progress_counts_what_is_done(album, output, monkeypatch):
