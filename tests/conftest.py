@@ -24,6 +24,10 @@ _STATING = [path for path in (ROOT / "captioner").rglob("*.py") if "from jaxtypi
 install_import_hook([".".join(path.relative_to(ROOT).with_suffix("").parts) for path in _STATING], "conftest.checked")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--whole", action="store_true", help="compare whole corpora with the references; takes minutes")
+
+
 @pytest.fixture
 def shared():
     """The folder of real photos, captions and weights beside the checkout."""
