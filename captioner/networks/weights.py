@@ -13,10 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from captioner.errors import CheckpointError, WeightsError
-from captioner.files import PRETRAINED
 from captioner.tensors import Array, below, differences
 
-__all__ = ["PRETRAINED", "arrays", "below", "differences", "fill", "fingerprint", "read", "tensors_of"]
+__all__ = ["arrays", "below", "differences", "fill", "fingerprint", "read", "tensors_of"]
 
 
 def read(path: Path) -> dict[str, Tensor]:
