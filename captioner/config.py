@@ -33,11 +33,12 @@ EncoderName = Literal[
 ]
 CellName = Literal["lstm", "gru", "rnn", "irnn"]
 FeatureNorm = Literal["standard", "sqrt", "none"]
-Precision = Literal["auto", "fp32", "bf16", "fp16"]  # of captioning
-TrainingPrecision = Literal["auto", "fp32", "bf16"]  # gradients in fp16 would vanish without scaling
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Method = Literal["beam", "sample"]
 Normalisation = Literal["none", "average", "gnmt"]
 Objective = Literal["likelihood", "cider"]
+Schedule = Literal["cosine", "step", "constant"]
+Averaging = Literal["none", "ema", "epochs"]
 Tracking = Literal["wandb", "none"]
 
 _Settings = TypeVar("_Settings")
@@ -170,31 +171,54 @@ class OptimisationConfig:
 
     objective: Objective = "likelihood"  # of the human captions; or CIDEr of captions that the model draws itself
     epochs: int = 30  # passes over all captions, at most
-    batch_size: int = 128  # captions a step and process
+    batch_size: int = 128  # captions a batch and process
+    accumulate: int = 1  # batches a step
     learning_rate: float = 5e-4  # of Adam, after the warm-up
-    encoder_learning_rate: float = 0.0  # the same for the CNN; 0 freezes it, and its features are computed only once
-    mirror: bool = False  # show the CNN half of the photos mirrored while it learns
-    warmup_steps: int = 200  # the learning rate rises over these, at most a quarter of all, then falls to 1 % of it
+    schedule: Schedule = "cosine"  # how it falls after the warm-up: to 1 % of it, by --step-share at times, or never
+    step_epochs: int = 3  # of schedule "step": epochs between two falls
+    step_share: float = 0.8  # of schedule "step": the learning rate after a fall, as a share of that before
+    warmup_steps: int = 200  # the learning rate rises over these, at most a quarter of all
+    weight_decay: float = 0.0  # share of each weight matrix that is taken off a step, times the learning rate
     gradient_clip: float = 5.0  # largest norm of the gradient
+    gradient_clip_value: float = 0.0  # largest number in the gradient; 0 bounds the norm alone
     label_smoothing: float = 0.0  # share of the target probability that is spread over all words; not of a reward
+    scheduled_sampling: float = 0.0  # share of the words read that the model wrote itself, at the end; rises from 0
+    average: Averaging = "none"  # mean of the weights of all steps, the latest most, or of the last half's epochs
+    ema_decay: float = 0.999  # of average "ema": weight of the past in each step
+    language_captions: Path | None = None  # captions without photos, of which the decoder first learns the language
+    language_epochs: float = 1.0  # passes over them
+    encoder_learning_rate: float = 0.0  # of the CNN; 0 freezes it, and its features are computed only once
+    encoder_layer_decay: float = 1.0  # learning rate of a layer of the CNN, as a share of that of the layer behind it
+    unfreeze_after: int = 0  # epochs before the CNN begins to learn
+    mirror: bool = False  # show the CNN half of the photos mirrored while it learns
+    crop: float = 1.0  # show it a part of each photo, at least this share of the area
+    colour: float = 0.0  # change brightness, contrast and saturation of its photos by up to this share
     patience: int = 5  # epochs without a better validation CIDEr (or the same, and a lower loss) before training stops
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        _choice("optimisation.objective", self.objective, Objective)
-        for name in ("epochs", "batch_size", "patience"):
+        for name, allowed in (("objective", Objective), ("schedule", Schedule), ("average", Averaging)):
+            _choice(f"optimisation.{name}", getattr(self, name), allowed)
+        for name in ("epochs", "batch_size", "accumulate", "step_epochs", "patience"):
             _at_least(f"optimisation.{name}", getattr(self, name), 1)
-        for name in ("learning_rate", "gradient_clip"):
+        for name in ("learning_rate", "step_share", "gradient_clip", "encoder_layer_decay", "crop", "language_epochs"):
             _positive(f"optimisation.{name}", getattr(self, name))
-        for name in ("encoder_learning_rate", "warmup_steps"):
+        for name in ("encoder_learning_rate", "warmup_steps", "weight_decay", "gradient_clip_value", "unfreeze_after"):
             _at_least(f"optimisation.{name}", getattr(self, name), 0)
         for name in ("learning_rate", "encoder_learning_rate"):
             _at_most(f"optimisation.{name}", getattr(self, name), _MOST_LEARNING_RATE)
-        _share("optimisation.label_smoothing", self.label_smoothing)
-        if self.mirror and not self.encoder_learning_rate:
-            raise CaptionerError(
-                "optimisation.mirror needs a CNN that learns; give optimisation.encoder_learning_rate, or leave it out"
-            )
+        for name in ("step_share", "encoder_layer_decay", "crop", "scheduled_sampling"):
+            _at_most(f"optimisation.{name}", getattr(self, name), 1)
+        for name in ("label_smoothing", "ema_decay", "colour"):
+            _share(f"optimisation.{name}", getattr(self, name))
+        _at_least("optimisation.scheduled_sampling", self.scheduled_sampling, 0)
+        for name in ("mirror", "crop", "colour", "encoder_layer_decay", "unfreeze_after"):
+            changed = getattr(self, name) != getattr(OptimisationConfig, name)
+            if changed and not self.encoder_learning_rate:
+                raise CaptionerError(
+                    f"optimisation.{name} needs a CNN that learns; give optimisation.encoder_learning_rate, "
+                    "or leave it out"
+                )
 
 
 @dataclass(frozen=True)
@@ -214,9 +238,12 @@ class TrainingConfig:
     )
     min_count: int = 5  # words seen fewer times in the training captions become [unk]
     max_words: int = 30  # longer training captions are cut there
-    precision: TrainingPrecision = "auto"  # of training: "auto" is bf16 where the machine is fast at it, else fp32
+    precision: Precision = "auto"  # of training: "auto" is bf16 where the machine is fast at it, fp16 on other GPUs
     seed: int = 0  # decides the decoder's initial weights, the order of captions and dropout
     meteor: bool = False  # METEOR of the validation captions beside the other scores (needs captioner[meteor])
+    workers: int | None = (
+        None  # processes that decode photos for a CNN that learns; by default one a processor, less one
+    )
     checkpoint_minutes: float = 10.0  # time between two checkpoints inside an epoch, from which a stopped run goes on
     tracking: Tracking = "wandb"  # Weights & Biases, which stays offline where there is no API key
     project: str = "captioner"  # name of the project in Weights & Biases
@@ -230,8 +257,10 @@ class TrainingConfig:
                 'optimisation.objective "cider" needs a model that writes already; give one with --start DIR'
             )
         _at_least("checkpoint_minutes", self.checkpoint_minutes, 0)
+        if self.workers is not None:
+            _at_least("workers", self.workers, 0)
         _seed(self.seed)
-        _choice("precision", self.precision, TrainingPrecision)
+        _choice("precision", self.precision, Precision)
         _choice("tracking", self.tracking, Tracking)
 
 

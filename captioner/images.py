@@ -307,50 +307,6 @@ def read(path: str | Path) -> bytes:
         raise _explained(error, str(path)) from None
 
 
-class Photos:
-    """Photos that are decoded when they are asked for, `(photos, 3, size, size)`; few enough are kept in memory."""
-
-    _KEPT_BYTES = 2 << 30  # pixels of all photos together, up to which they are decoded once and kept
-
-    def __init__(self, paths: Sequence[Path], size: int) -> None:
-        """Name the photos.
-
-        Args:
-            paths: the files.
-            size: see `load`.
-        """
-        self.paths, self.size = paths, size
-        keep = len(paths) * 3 * size * size <= self._KEPT_BYTES
-        self._kept: dict[int, Pixels] | None = {} if keep else None
-
-    def check(self) -> dict[int, ImageError]:
-        """Decode every photo once, and name those that cannot be decoded, by number."""
-        failures: dict[int, ImageError] = {}
-        for batch in stream(self.paths, self.size, batch_size=64):
-            failures |= batch.failures
-            if self._kept is not None:
-                self._kept |= dict(zip(batch.indices, batch.pixels, strict=True))
-        return failures
-
-    def __getitem__(self, rows: npt.NDArray[np.int64]) -> Pixels:
-        """Pixels of photos by number, RGB, 0 to 255, `(rows, 3, size, size)`.
-
-        Raises:
-            ImageError: one of them cannot be decoded.
-        """
-        wanted = [int(row) for row in rows]
-        kept = {} if self._kept is None else self._kept
-        missing = [row for row in wanted if row not in kept]
-        decoded: dict[int, Pixels] = {}
-        for batch in stream([self.paths[row] for row in missing], self.size, batch_size=len(missing) or 1):
-            for error in batch.failures.values():
-                raise error
-            decoded = {missing[index]: pixels for index, pixels in zip(batch.indices, batch.pixels, strict=True)}
-        if self._kept is not None:
-            self._kept |= decoded
-        return np.stack([kept[row] if row in kept else decoded[row] for row in wanted])
-
-
 @dataclass(frozen=True)
 class PhotoBatch:
     """Photos that were decoded together."""
@@ -371,7 +327,7 @@ def stream(paths: Sequence[Path], size: int, batch_size: int) -> Iterator[PhotoB
         batch_size: paths a batch; photos that cannot be decoded are reported in the batch's `failures`.
     """
     starts = range(0, len(paths), batch_size)
-    pool = ThreadPoolExecutor(max_workers=min(8, processors()))
+    pool = ThreadPoolExecutor(processors())
     ahead: deque[tuple[int, list[Future[Pixels]]]] = deque()
     try:
         for start in starts:

@@ -737,37 +737,6 @@ def test_stream_leaves_the_filters_of_warnings_alone(album):
     assert list(warnings.filters) == before
 
 
-def test_photos_are_decoded_when_they_are_asked_for(album, monkeypatch):
-    decoded = []
-    load = images.load
-    monkeypatch.setattr(images, "load", lambda path, size: decoded.append(path) or load(path, size))
-    photos = images.Photos(album, 8)
-    assert decoded == []
-    pixels = photos[np.array([5, 2, 5])]
-    assert pixels.dtype == np.uint8
-    assert pixels.shape == (3, 3, 8, 8)
-    assert pixels[:, 0, 0, 0].tolist() == [5, 2, 5]
-    assert photos[np.array([2, 7])][:, 0, 0, 0].tolist() == [2, 7]
-    assert decoded.count(album[2]) == 1  # kept in memory
-    monkeypatch.setattr(images.Photos, "_KEPT_BYTES", 100)
-    photos = images.Photos(album, 8)
-    decoded.clear()
-    for _ in range(2):
-        assert photos[np.array([2])][:, 0, 0, 0].tolist() == [2]
-    assert decoded == [album[2], album[2]]  # too many to keep
-
-
-def test_photos_names_those_that_cannot_be_decoded(album):
-    album[3].write_bytes(b"")
-    photos = images.Photos(album, 8)
-    failures = photos.check()
-    assert list(failures) == [3]
-    assert "03.png: not a photo" in str(failures[3])
-    assert photos[np.array([4, 2])][:, 0, 0, 0].tolist() == [4, 2]
-    with pytest.raises(ImageError, match=r"03\.png: not a photo"):
-        photos[np.array([1, 3])]
-
-
 @pytest.mark.shared
 def test_real_photos(shared):
     paths = sorted((shared / "coco/val2017").glob("*.jpg"))

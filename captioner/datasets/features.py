@@ -47,6 +47,10 @@ class PhotoEncoder(Protocol):
     def weights_sha256(self) -> str:
         """Identifies the weights."""
 
+    @property
+    def together(self) -> int:
+        """Photos that fill the device."""
+
     def features(self, photos: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Features `(batch, 4096)` of photos `(batch, 3, height, width)`, RGB, 0 to 255."""
 
@@ -111,9 +115,9 @@ class FeatureStore:
         """Size of the photo's file when it was encoded, in bytes; if the file has another size now, it has changed."""
         return self._rows[image_id][1]
 
-    def writer(self) -> _Writer:
-        """A context in which rows can be appended; only one process may be in it."""
-        return _Writer(self)
+    def writer(self, *, wait: bool = False) -> _Writer:
+        """A context in which rows can be appended; only one process may be in it, others wait or are refused."""
+        return _Writer(self, wait)
 
     @property
     def _data(self) -> Path:
@@ -170,14 +174,14 @@ class FeatureStore:
 class _Writer:
     """Appends to a store while it holds the store's lock."""
 
-    def __init__(self, store: FeatureStore) -> None:
-        self._store = store
+    def __init__(self, store: FeatureStore, wait: bool) -> None:
+        self._store, self._wait = store, wait
         self._lock = FileLock(store.folder / "lock")
 
     def __enter__(self) -> _Writer:
         store = self._store
         try:
-            self._lock.acquire(timeout=0)
+            self._lock.acquire(timeout=-1 if self._wait else 0)
         except Timeout:
             raise FeatureStoreError(
                 f"{store.folder}: another process is adding features; wait for it, or choose another --features"
@@ -250,6 +254,7 @@ def add_photos(
     examples: Sequence[Example],
     *,
     batch_size: int = 64,
+    wait: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[ImageId, ImageError]:
     """Compute and store the features of photos that the store does not hold yet.
@@ -259,6 +264,7 @@ def add_photos(
         encoder: computes the features.
         examples: the photos.
         batch_size: photos that are encoded together.
+        wait: whether to wait for another process that is adding, instead of refusing.
         progress: called with the number of photos that are done, and the number of those to do.
 
     Returns:
@@ -279,7 +285,7 @@ def add_photos(
     if all(example.image_id in store for example in examples):
         return {}
     failures: dict[ImageId, ImageError] = {}
-    with store.writer() as writer:
+    with store.writer(wait=wait) as writer:
         wanted = list({example.image_id: example for example in examples if example.image_id not in store}.values())
         done = 0
         progress(done, len(wanted))
@@ -308,6 +314,7 @@ def stored_features(
     folder: Path | None = None,
     *,
     shown: bool = True,
+    wait: bool = False,
 ) -> tuple[FeatureStore, dict[ImageId, ImageError]]:
     """Open the store of a data set, after the features that it lacks have been computed and added.
 
@@ -317,6 +324,7 @@ def stored_features(
         encoder: computes the features.
         folder: of the store; by default one in `~/.cache/captioner` for each set of photos and encoder.
         shown: whether to draw a progress bar.
+        wait: see `add_photos`.
 
     Returns:
         The store, and the photos that could not be decoded, with the reasons.
@@ -328,7 +336,7 @@ def stored_features(
     store = FeatureStore(folder or default_folder(annotations, stamp), stamp)
     log.info("features of %s are kept in %s", stamp.encoder, store.folder)
     with Progress("features", 0, "photos", shown=shown) as progress:
-        failures = add_photos(store, encoder, examples, progress=progress.set)
+        failures = add_photos(store, encoder, examples, batch_size=encoder.together, wait=wait, progress=progress.set)
     for error in failures.values():
         log.warning("left out: %s", error)
     return store, failures

@@ -126,9 +126,16 @@ class Encoder(nn.Module):
         """Identifies the weights of a frozen network, see `weights.fingerprint`."""
         return weights.fingerprint(self.body.state_dict())
 
+    @property
+    def together(self) -> int:
+        """Photos that fill the device when they are encoded together."""
+        return 256 if self.mean.device.type == "cuda" else 64
+
     @torch.no_grad()
     def features(self, photos: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Compute the features of photos, as arrays, on the device where the network is.
+
+        GPUs compute in fp16, which is also how features are stored.
 
         Args:
             photos: `(batch, 3, height, width)`, RGB, 0 to 255.
@@ -136,8 +143,10 @@ class Encoder(nn.Module):
         Returns:
             `(batch, 4096)`.
         """
-        pixels = torch.from_numpy(photos).to(self.mean.device)
-        found: npt.NDArray[np.float32] = self(pixels).float().cpu().numpy()
+        device = self.mean.device
+        with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
+            computed: Tensor = self(torch.from_numpy(photos).to(device))
+        found: npt.NDArray[np.float32] = computed.float().cpu().numpy()
         return found
 
     def forward(self, images: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 4096"]:

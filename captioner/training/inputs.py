@@ -10,13 +10,14 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
-from captioner import images
 from captioner.config import TrainingConfig
 from captioner.datasets.annotations import Example, load_dataset
 from captioner.datasets.batches import Source
 from captioner.datasets.features import stored_features
+from captioner.datasets.photos import Augmentation, Photos
 from captioner.errors import AnnotationError
 from captioner.networks.encoder import Encoder
 
@@ -53,24 +54,32 @@ def load_inputs(config: TrainingConfig, accelerator: Accelerator, state: Mapping
     Raises:
         CaptionerError: captions, weights or feature store cannot be used, or no photo of a split can be read.
     """
-    with accelerator.main_process_first():
+    # The first process of each computer goes first: computers may have no disk in common, or have one.
+    with accelerator.local_main_process_first():
         captions = load_dataset(config.data)
     trainable = config.optimisation.encoder_learning_rate > 0
-    encoder = Encoder(config.encoder, state, trainable=trainable).to(accelerator.device)
+    with accelerator.local_main_process_first():  # which downloads the weights
+        encoder = Encoder(config.encoder, state, trainable=trainable).to(accelerator.device)
     splits = {name: captions.split(name) for name in ("train", "val")}
     examples = [*splits["train"], *splits["val"]]
     if encoder.trainable:
-        photos = images.Photos([example.path for example in examples], config.encoder.image_size)
+        options = config.optimisation
+        augmentation = Augmentation(options.mirror, options.crop, options.colour)
+        photos = Photos([example.path for example in examples], config.encoder.image_size, augmentation, config.seed)
         source: Source = photos
         row_of = {example.image_id: row for row, example in enumerate(examples)}
-        failures = {examples[row].image_id: error for row, error in photos.check().items()}
+        share = np.arange(accelerator.process_index, len(examples), accelerator.num_processes)
+        found = list(photos.check(share).items())
+        unreadable = dict(gather_object(found) if accelerator.num_processes > 1 else found)
+        failures = {examples[row].image_id: unreadable[row] for row in sorted(unreadable)}
         for error in failures.values():
             log.warning("left out: %s", error)
     else:
-        with accelerator.main_process_first():
+        with accelerator.local_main_process_first():
             store, failures = stored_features(
-                captions, examples, encoder, config.data.features, shown=accelerator.is_main_process
-            )
+                captions, examples, encoder, config.data.features,
+                shown=accelerator.is_main_process, wait=accelerator.num_processes > 1,
+            )  # fmt: skip
         source, row_of = store.features(), store.row_of
 
     def inputs(name: Literal["train", "val"]) -> SplitInputs:

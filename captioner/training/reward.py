@@ -13,17 +13,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 - the name that everyone uses
 
-from captioner.config import DecodingOptions, Precision
+from captioner.config import DecodingOptions
 from captioner.datasets.annotations import Example
 from captioner.datasets.batches import Batch
-from captioner.decoding.search import decode
 from captioner.metrics import CiderD
-from captioner.networks.decoder import Decoder
-from captioner.networks.inference import TorchDecoder
+from captioner.networks.decoder import Decoder, HiddenState
+from captioner.training.network import draw
 from captioner.vocabulary import Vocabulary
 
 _DRAWN = 5  # captions a photo
@@ -34,7 +32,7 @@ class Drawn:
     """Captions that the model drew, as a batch to learn from."""
 
     batch: Batch
-    weights: Float[Tensor, " words"]  # of each of the batch's targets: the advantage of its caption
+    weights: Float[Tensor, " words"]  # of each of the batch's targets: the advantage of its caption, over the words
     reward: float  # mean CIDEr-D, 0 to 10
 
 
@@ -48,7 +46,6 @@ class Reward:
         vocabulary: Vocabulary,
         *,
         max_words: int = DecodingOptions.max_words,
-        precision: Precision = "auto",
     ) -> None:
         """Count the n-grams of the human captions.
 
@@ -58,54 +55,66 @@ class Reward:
             examples: photos with their captions.
             rows: row of the source of each example, `(examples,)`.
             vocabulary: words are compared by their ids.
-            max_words: longest caption that is drawn.
-            precision: of the drawing.
+            max_words: words of the longest caption that is drawn, `[end]` included.
         """
-        # Empty captions may be drawn: the gradient is right only if every caption that has a probability can be.
-        self._options = DecodingOptions("sample", num_captions=_DRAWN, min_words=0, max_words=max_words)
-        self._precision: Precision = precision
-        self._never = torch.tensor([vocabulary.pad, vocabulary.start, vocabulary.unk])
+        #: Words that are never drawn.
+        self.never = torch.tensor([vocabulary.pad, vocabulary.start, vocabulary.unk])
         ids = iter(vocabulary.encode([caption for example in examples for caption in example.captions]))
         pairs = zip(rows.tolist(), examples, strict=True)
         self._cider = CiderD({row: [next(ids)[1:] for _ in example.captions] for row, example in pairs})
-        self._vocabulary = vocabulary
+        self._vocabulary, self._max_words = vocabulary, max_words
 
-    def draw(self, decoder: Decoder, features: Float[Tensor, "photos 4096"], batch: Batch, *, seed: int) -> Drawn:
+    def draw(
+        self, decoder: Decoder, state: HiddenState, batch: Batch, generator: torch.Generator | None = None
+    ) -> Drawn:
         """Draw captions of a batch's photos, without dropout, and compute their advantages.
+
+        Probabilities are taken among the words that can be drawn, here and in the loss (see `never`). Otherwise the
+        words that never are drawn would become likelier whenever a drawn word becomes less likely, and nothing would
+        ever make them less likely again.
 
         Args:
             decoder: the model that draws.
-            features: of the batch's photos.
+            state: the hidden states that the photos set, `(layers, photos, hidden)` each.
             batch: the photos; its own captions are not used.
-            seed: decides, together with the features, which captions are drawn.
+            generator: decides which captions are drawn.
         """
+        words = (
+            self.words(decoder, state, generator).cpu().numpy()
+        )  # the host waits for the device here, and nowhere before
         vocabulary = self._vocabulary
-        options = replace(self._options, seed=seed)
-        found = decode(TorchDecoder(decoder, self._precision), features.float().cpu().numpy(), vocabulary, options)
-        captions = [[*one.tokens, *([vocabulary.end] if one.finished else [])] for some in found for one in some]
-        rows = [row for row in batch.rows.tolist() for _ in range(_DRAWN)]
-        scores = self._cider(rows, captions).reshape(-1, _DRAWN)
+        ended = words == vocabulary.end
+        lengths = np.where(ended.any(1), ended.argmax(1) + 1, words.shape[1])  # `[end]` included
+        captions = [row[:length].tolist() for row, length in zip(words, lengths, strict=True)]
+        photo = np.arange(len(batch.rows)).repeat(_DRAWN)
+        rows = batch.rows.cpu().numpy()
+        scores = self._cider(rows[photo].tolist(), captions).reshape(-1, _DRAWN)
         advantages = (scores - scores.mean(1, keepdims=True)) * (_DRAWN / (_DRAWN - 1))
-        lengths = torch.tensor([len(caption) + 1 for caption in captions])
-        tokens = torch.full((len(captions), int(lengths.max())), vocabulary.pad)
-        tokens[:, 0] = vocabulary.start
-        for row, caption in enumerate(captions):
-            tokens[row, 1 : len(caption) + 1] = torch.tensor(caption)
-        photo = torch.arange(len(batch.photos)).repeat_interleave(_DRAWN)
-        weights = torch.from_numpy(advantages).float().flatten().repeat_interleave(lengths - 1)
-        drawn = Batch(batch.photos, batch.rows, photo, tokens, lengths).to(features.device)
-        return Drawn(drawn, weights.to(features.device), float(scores.mean()))
+        tokens = np.concatenate([np.full((len(words), 1), vocabulary.start), words], axis=1)[:, : lengths.max() + 1]
+        weights = torch.from_numpy((advantages.flatten() / lengths.sum()).repeat(lengths)).float()
+        device = batch.rows.device
+        drawn = Batch.of(None, rows, photo, tokens, lengths + 1).to(device)
+        return Drawn(replace(drawn, photos=batch.photos), weights.to(device), float(scores.mean()))
 
-    def loss(self, logits: Float[Tensor, "words vocabulary"], drawn: Drawn) -> Float[Tensor, ""]:
-        """A loss whose gradient estimates that of minus the expected reward.
+    @torch.no_grad()
+    def words(
+        self, decoder: Decoder, state: HiddenState, generator: torch.Generator | None = None
+    ) -> Int[Tensor, "captions time"]:
+        """Draw the words of several captions a photo, `[end]` and meaningless words behind it included."""
+        never = self.never.to(decoder.output.weight.device)
+        state = tuple(part.repeat_interleave(_DRAWN, dim=1) for part in state)
+        tokens = torch.full((state[0].shape[1],), self._vocabulary.start, device=never.device)
+        words, over = [], torch.zeros(len(tokens), dtype=torch.bool, device=never.device)
+        for _ in range(self._max_words):
+            logits, state = decoder.step(tokens, state)
+            tokens = draw(logits.float().index_fill(1, never, -torch.inf), generator)
+            words.append(tokens)
+            over = over | (tokens == self._vocabulary.end)
+            if self._looks(over) and bool(over.all()):
+                break
+        return torch.stack(words, dim=1)
 
-        Probabilities are taken among the words that can be drawn. Otherwise the words that never are drawn would become
-        likelier whenever a drawn word becomes less likely, and nothing would ever make them less likely again.
-
-        Args:
-            logits: of the words of `drawn.batch`.
-            drawn: captions and their advantages.
-        """
-        possible = logits.float().index_fill(1, self._never.to(logits.device), -torch.inf)
-        losses = F.cross_entropy(possible, drawn.batch.targets, reduction="none")
-        return (losses * drawn.weights).mean()
+    @staticmethod
+    def _looks(over: Tensor) -> bool:
+        """Whether it costs little to ask if all captions have ended: it does where no device has to be waited for."""
+        return over.device.type == "cpu"

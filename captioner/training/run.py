@@ -39,6 +39,7 @@ _FREE = {
 }
 _SETTINGS, _STATE, _HISTORY = "config.json", "training_state.safetensors", "training.json"
 _LOCK = ".lock"
+_AVERAGE = "average."  # what the names of averaged weights begin with
 
 
 class Settings(Protocol):
@@ -66,6 +67,8 @@ class History:
     loss_sum: float = 0.0  # of all words in those steps; of several processes, the first one's
     loss_words: float = 0.0  # number of those words
     processes: int = 1  # that share an epoch
+    moments: int = 0  # how many weights the averaged ones are the mean of
+    scale: dict[str, float] = field(default_factory=dict)  # of gradients in fp16
 
     def __post_init__(self) -> None:
         """Refuse numbers that contradict each other, as of a file that was edited by hand.
@@ -178,26 +181,31 @@ def _unwritable(output: Path, error: OSError) -> CheckpointError:
     return CheckpointError(f"{output}: cannot be written ({error.strerror or error}); choose another --output")
 
 
-def save_state(folder: Path, history: History, optimiser: Optimizer) -> None:
+def save_state(folder: Path, history: History, optimiser: Optimizer, average: Mapping[str, Tensor]) -> None:
     """Write history and optimiser beside a checkpoint, so that the run can go on from it.
 
     Args:
         folder: of the checkpoint, as `checkpoint.replacing` yields it.
         history: how far the run has come.
         optimiser: its moments are saved.
+        average: averaged weights by name; empty where there are none.
     """
     moments = {
         f"{index}.{name}": tensor.detach().cpu().contiguous()
         for index, values in optimiser.state_dict()["state"].items()
         for name, tensor in values.items()
     }
-    save_file(moments, folder / _STATE)
+    averaged = {f"{_AVERAGE}{name}": tensor.detach().cpu().contiguous() for name, tensor in average.items()}
+    save_file({**moments, **averaged}, folder / _STATE)
     saved = {**dataclasses.asdict(history), "sha256": files.sha256(folder / _STATE)}
     files.write(folder / _HISTORY, json.dumps(saved, indent=2) + "\n")
 
 
-def load_state(folder: Path, optimiser: Optimizer) -> History:
+def load_state(folder: Path, optimiser: Optimizer) -> tuple[History, dict[str, Tensor]]:
     """Read the files of `save_state`, and fill an optimiser of the same network.
+
+    Returns:
+        The history, and the averaged weights by name.
 
     Raises:
         CheckpointError: a file is missing, damaged or altered.
@@ -209,7 +217,9 @@ def load_state(folder: Path, optimiser: Optimizer) -> History:
         if saved.pop("sha256") != files.sha256(folder / _STATE):
             raise CheckpointError(f"{_STATE} is altered")
         history = from_json(History, saved)
-        moments = _moments(weights.read(folder / _STATE), optimiser)
+        tensors = weights.read(folder / _STATE)
+        averaged = {name.removeprefix(_AVERAGE): tensors[name] for name in tensors if name.startswith(_AVERAGE)}
+        moments = _moments({name: tensors[name] for name in tensors if not name.startswith(_AVERAGE)}, optimiser)
     except (OSError, KeyError, ValueError, RecursionError, CaptionerError) as error:
         reason = f"{_HISTORY} has no {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(
@@ -224,7 +234,7 @@ def load_state(folder: Path, optimiser: Optimizer) -> History:
             for name, tensor in values.items()
             if tensor.shape == parameter.shape
         }
-    return history
+    return history, averaged
 
 
 def _moments(tensors: Mapping[str, Tensor], optimiser: Optimizer) -> dict[int, dict[str, Tensor]]:

@@ -2,51 +2,59 @@
 
 The seed, the number of the step and the number of the process decide everything that is random in a step. So a run that
 is stopped and started again computes the same numbers as an uninterrupted one, and no generator's state is saved.
+
+Nothing in a step asks the device for a number, so the host can prepare steps ahead: losses are added up where they are
+computed, and those that are reported are copied while the device works on, and read later.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import math
 import os
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import broadcast, gather_object, set_seed
+from accelerate.utils import broadcast, set_seed
 from jaxtyping import Float
-from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the name that everyone uses
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from captioner import checkpoint, files, images, metrics
-from captioner.config import DataConfig, DecoderConfig, EncoderConfig, TrainingConfig
+from captioner import checkpoint, files, images
+from captioner.config import DataConfig, TrainingConfig
 from captioner.datasets.annotations import captions_sha256
 from captioner.datasets.batches import Batch, CaptionDataset
-from captioner.errors import CaptionerError, CheckpointError, ImageError, WeightsError
-from captioner.evaluation import caption_rows, load_meteor, references_of
+from captioner.errors import CaptionerError, CheckpointError, ImageError
+from captioner.evaluation import load_meteor
+from captioner.machine import processors
 from captioner.model import Caption, Captioner
 from captioner.networks import weights
 from captioner.networks.decoder import Decoder
-from captioner.networks.encoder import Encoder
-from captioner.networks.inference import TorchEngine, has_fast_bf16
+from captioner.networks.inference import TorchEngine, dtype_for
 from captioner.progress import Progress
 from captioner.training import run
 from captioner.training.inputs import Inputs, load_inputs
-from captioner.training.presets import PRESETS
+from captioner.training.language import learn_language, read_captions
+from captioner.training.loading import Loader
+from captioner.training.network import Network, statistics_kept
+from captioner.training.optimisation import Average, clip, optimiser_of, warmed
 from captioner.training.reward import Reward
+from captioner.training.rounding import Rounding
 from captioner.training.run import History
+from captioner.training.start import Start, load_start
+from captioner.training.stopping import Signals
 from captioner.training.tracking import Tracker
+from captioner.training.validation import caption_validation, validation_loss
 from captioner.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -55,28 +63,8 @@ _TRAINING = ("epoch", "train_loss")  # values in an epoch's record that are not 
 _THUMBNAIL = 224  # height and width of photos shown in Weights & Biases, in pixels
 _FEW = 20  # validation photos; with fewer, their CIDEr tells little
 _SAMPLES = 8  # validation photos shown in Weights & Biases
-_LOG_EVERY = 20  # optimiser steps; reading the loss makes the device wait
-_CHUNK = 1024  # validation photos that are captioned between two looks for a signal to stop
-_LAST_SHARE = 0.01  # of the learning rate, at the end of a run
-
-
-class Network(nn.Module):
-    """All that training changes: the decoder, and the encoder where it is not frozen."""
-
-    def __init__(self, encoder: Encoder, decoder: Decoder) -> None:
-        super().__init__()
-        self.decoder = decoder
-        self.encoder = encoder if encoder.trainable else None
-
-    def forward(self, batch: Batch) -> Float[Tensor, "words vocabulary"]:
-        """Logits of a batch's targets."""
-        logits: Tensor = self.decoder(self.features(batch)[batch.photo], batch.inputs, batch.keep)
-        return logits
-
-    def features(self, batch: Batch) -> Float[Tensor, "photos 4096"]:
-        """Features of a batch's photos."""
-        features: Tensor = batch.photos if self.encoder is None else self.encoder(batch.photos)
-        return features
+_LOG_EVERY = 20  # optimiser steps
+_MOST_WORKERS = 16  # processes that decode photos
 
 
 def train(config: TrainingConfig) -> History:
@@ -94,15 +82,13 @@ def train(config: TrainingConfig) -> History:
     Raises:
         CaptionerError: the data, the weights or the folder do not allow it; what was saved before is kept.
     """
-    try:
-        accelerator = Accelerator(
-            mixed_precision=_mixed_precision(config),
-            # Other processes wait while the first one computes features.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
-        )
-    except ValueError as error:  # not of this device, or not the one that this process has trained with before
-        raise CaptionerError(f"--precision {config.precision} cannot be used: {error}") from None
-    start = None if config.start is None else _load_start(config)
+    accelerator = Accelerator(
+        mixed_precision="no",  # see `Rounding`
+        # Other processes wait while the first one computes features.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
+    )
+    dtype_for(config.precision, accelerator.device)  # refuses one that this device does not compute in
+    start = None if config.start is None else load_start(config)
     if start is not None:
         config = dataclasses.replace(config, encoder=start.encoder.config, decoder=start.decoder.config)
     with run.claimed(config, write=accelerator.is_main_process):
@@ -113,63 +99,6 @@ def train(config: TrainingConfig) -> History:
         log.info("settings (any other has its default, all are in %s):%s", config.output / "config.json", listed)
         state = None if start is None or start.encoder.elsewhere else start.encoder.body.state_dict()
         return Trainer(config, load_inputs(config, accelerator, state), accelerator, start).run()
-
-
-class Start(NamedTuple):
-    """The parts of a saved model that a run begins with."""
-
-    encoder: Encoder
-    decoder: Decoder
-    vocabulary: Vocabulary
-
-
-def _load_start(config: TrainingConfig) -> Start:
-    """Load the model to begin with.
-
-    Raises:
-        CaptionerError: it cannot be loaded, or the settings ask for another encoder or decoder than it has.
-    """
-    assert config.start is not None
-    try:
-        model = Captioner.from_pretrained(config.start, engine="torch", device="cpu")
-    except WeightsError:
-        if config.encoder.weights == "default":
-            raise
-        weights_file = config.encoder.weights
-        model = Captioner.from_pretrained(config.start, engine="torch", device="cpu", encoder_weights=weights_file)
-    assert isinstance(model.engine, TorchEngine)
-    start = Start(model.engine.encoder, model.engine.decoder, model.vocabulary)
-    # Settings that are a preset's, or the default, were not asked for: they are replaced by those of the model.
-    pairs: list[tuple[str, Any, Any, list[Any]]] = [
-        ("encoder", config.encoder, start.encoder.config, [EncoderConfig(), *(p.encoder for p in PRESETS.values())]),
-        ("decoder", config.decoder, start.decoder.config, [DecoderConfig(), *(p.decoder for p in PRESETS.values())]),
-    ]
-    for name, given, own, usual in pairs:
-        for field in dataclasses.fields(given):
-            value = getattr(given, field.name)
-            known = [getattr(each, field.name) for each in (own, *usual)]
-            if field.name != "weights" and value not in known:  # `encoder.weights` says where to find the model's own
-                raise CaptionerError(
-                    f"{name}.{field.name} is {value!r}, and the model to start with has {known[0]!r}; "
-                    f"leave out --{name}.{field.name.replace('_', '-')}, or leave out --start"
-                )
-    return start
-
-
-def warmed_cosine(step: int, steps: int, warmup: int, last: float = 0.0) -> float:
-    """Share of the learning rate: a linear warm-up, then half a cosine (Loshchilov & Hutter 2017).
-
-    Args:
-        step: from 0.
-        steps: of the whole run.
-        warmup: steps until the share is 1; at most a quarter of all steps, so that short runs learn too.
-        last: share at the end of the cosine, 0 to 1.
-    """
-    warmup = min(warmup, steps // 4)
-    if step < warmup:
-        return (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return last + (1 - last) * (1 + math.cos(math.pi * done)) / 2
 
 
 class Trainer:
@@ -183,45 +112,49 @@ class Trainer:
         Args:
             config: all settings.
             data: photos and captions to learn from.
-            accelerator: device, precision and processes.
+            accelerator: device and processes.
             start: the model to begin with.
         """
         self.config, self.data, self.accelerator = config, data, accelerator
         self._meteor = load_meteor() if config.meteor else False
-        options = config.optimisation
+        options, device = config.optimisation, accelerator.device
+        self._rounding = Rounding(config.precision, device)
         captions = (caption for example in data.train.examples for caption in example.captions)
-        vocabulary = start.vocabulary if start else Vocabulary.build(captions, config.min_count)
+        self.vocabulary = start.vocabulary if start else Vocabulary.build(captions, config.min_count)
         self.train, self.val = (
-            CaptionDataset(split.examples, vocabulary, split.source, split.rows, config.max_words)
+            CaptionDataset.of(split.examples, self.vocabulary, split.rows, config.max_words)
             for split in (data.train, data.val)
         )
+        workers = config.workers
+        if workers is None:
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            workers = max(1, min(_MOST_WORKERS, processors() // local - 1))
+        self._load = Loader(self.train, data.train.source, device, workers)
+        self._load_val = Loader(self.val, data.val.source, device, workers)
         self._captions_sha256 = captions_sha256([*data.train.examples, *data.val.examples])
         set_seed(config.seed)
-        decoder = Decoder(config.decoder, len(vocabulary))
+        decoder = Decoder(config.decoder, len(self.vocabulary))
         if start:
             decoder.load_state_dict(start.decoder.state_dict())
         self.reward = None
         if options.objective == "cider":
             self.reward = Reward(
-                data.train.examples,
-                data.train.rows,
-                vocabulary,
-                max_words=config.decoding.max_words,
-                precision="fp32" if config.precision == "fp32" else "auto",
+                data.train.examples, data.train.rows, self.vocabulary, max_words=config.decoding.max_words
             )
-        groups: list[dict[str, Any]] = [{"params": list(decoder.parameters()), "lr": options.learning_rate}]
-        if data.encoder.trainable:
-            groups.append({"params": list(data.encoder.parameters()), "lr": options.encoder_learning_rate})
-        self._rates: list[float] = [group["lr"] for group in groups]
-        self.network, self.optimiser = accelerator.prepare(
-            Network(data.encoder, decoder), torch.optim.Adam(groups, fused=True)
-        )
-        self.vocabulary = vocabulary
+        self.network = Network(data.encoder, decoder).to(device)
+        self._optimiser = optimiser_of(self.network, options)
+        self._rates = [group["lr"] for group in self._optimiser.param_groups]
+        self._average = Average(self.network, options)
         self.captioner = self._captioner()
         self.history = History(processes=accelerator.num_processes)
-        self._total = torch.zeros(2, device=accelerator.device, dtype=torch.float64)  # sum of losses, number of words
-        self._signal: int | None = None  # that asked this process to stop
-        self.steps_an_epoch = self.train.steps(options.batch_size, accelerator.num_processes)
+        self._total = torch.zeros((), device=device, dtype=torch.float64)  # sum of losses of the epoch's words
+        self._words = 0  # their number
+        self._said: tuple[int, float, Tensor, torch.cuda.Event | None] | None = None  # step, rate, loss and norm
+        self._shown: float | None = None  # the loss that was reported last
+        self._wrapped: tuple[bool, torch.nn.Module] | None = None
+        self._signals = Signals()
+        batches = self.train.batches(options.batch_size, accelerator.num_processes)
+        self.steps_an_epoch = -(-batches // options.accumulate)
 
     def run(self) -> History:
         """Train to the end."""
@@ -235,13 +168,12 @@ class Trainer:
                 config.output, history.epoch, history.best_epoch,
             )  # fmt: skip
             return history
-        wanted = config.tracking == "wandb" and self.accelerator.is_main_process
         tracker = Tracker(None)
-        if wanted:
+        if config.tracking == "wandb" and self.accelerator.is_main_process:
             tracker = Tracker.start(config.output, config.project, run.as_json(config), history.run_id)
         try:
             history.run_id = tracker.run_id or history.run_id
-            with self._signals():
+            with self._signals:
                 self._train(tracker)
         except BaseException:
             tracker.abandon()
@@ -251,31 +183,37 @@ class Trainer:
 
     def _train(self, tracker: Tracker) -> None:
         """Train the epochs that are left."""
-        history, main = self.history, self.accelerator.is_main_process
+        history, main, options = self.history, self.accelerator.is_main_process, self.config.optimisation
         log.info(
-            "%s captions of %s photos, %s words; %s steps an epoch on %s",
-            f"{len(self.train):,}", f"{len(self.data.train.examples):,}", f"{len(self.captioner.vocabulary):,}",
-            f"{self.steps_an_epoch:,}", self.accelerator.device,
+            "%s captions of %s photos, %s words; %s steps an epoch on %s, in %s",
+            f"{len(self.train):,}", f"{len(self.data.train.examples):,}", f"{len(self.vocabulary):,}",
+            f"{self.steps_an_epoch:,}", self.accelerator.device, str(self._rounding.dtype).removeprefix("torch."),
         )  # fmt: skip
         if main and len(self.data.val.examples) < _FEW:
             log.warning(
                 "validation has %d photos: that is few to choose the best epoch by", len(self.data.val.examples)
             )
+        if history.step == 0 and options.language_captions is not None:
+            self._learn_language(options.language_captions)
         self._saved = time.monotonic()
         self._began = self._saved - history.seconds
         while not self._finished():
             losses = self._epoch(tracker)
-            captions, scores = self._validate()
-            history.epoch += 1
-            history.epoch_step = 0
-            history.seconds = time.monotonic() - self._began
-            self._total.zero_()
-            history.epochs.append({**losses, **scores})
-            better = self._better(scores)
-            if better:
-                history.best_cider, history.best_epoch = scores["cider"], history.epoch
+            self._average.after_epoch(history.epoch + 1)
+            with self._average.in_use():
+                captions, scores = self._validate()
+                history.epoch += 1
+                history.epoch_step = 0
+                history.seconds = time.monotonic() - self._began
+                self._forget_losses()
+                history.epochs.append({**losses, **scores})
+                better = self._better(scores)
+                if better:
+                    history.best_cider, history.best_epoch = scores["cider"], history.epoch
+                if main and better:
+                    self._save_best(captions)
             if main:
-                self._save(better, captions)
+                self._save_last()
                 self._report(tracker, captions)
             self.accelerator.wait_for_everyone()
 
@@ -289,136 +227,188 @@ class Trainer:
             return scores["cider"] > history.best_cider
         return scores["val_loss"] < history.epochs[history.best_epoch - 1]["val_loss"]
 
+    def _learn_language(self, file: Path) -> None:
+        """Let the decoder learn from captions without photos; a run that is killed later finds the result."""
+        kept = self.config.output / "language.safetensors"
+        if self.accelerator.is_main_process:
+            decoder = self.network.decoder
+            if kept.exists():
+                decoder.load_state_dict(load_file(kept, device=str(self.accelerator.device)))
+            else:
+                captions = read_captions(file)
+                learn_language(decoder, captions, self.vocabulary, self.config, self._rounding, self._leave_if_asked)
+                new = kept.with_suffix(".new")
+                save_file({name: tensor.contiguous() for name, tensor in decoder.state_dict().items()}, new)
+                new.replace(kept)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.num_processes > 1:
+            for parameter in self.network.decoder.parameters():
+                parameter.data.copy_(broadcast(parameter.data))
+
     def _epoch(self, tracker: Tracker) -> dict[str, float]:
         """One pass over the training captions."""
         accelerator, options, history = self.accelerator, self.config.optimisation, self.history
+        self.network.let_encoder_learn(history.epoch >= options.unfreeze_after)
+        wrapped = self._wrap()
         self.network.train()
-        batches = self.train.epoch(
+        shares = self.train.epoch(
             history.epoch,
             batch_size=options.batch_size,
             seed=self.config.seed,
             rank=accelerator.process_index,
             processes=accelerator.num_processes,
             by_photo=self.data.encoder.trainable or self.reward is not None,
-            first=history.epoch_step,
+            first=history.epoch_step * options.accumulate,
+            accumulate=options.accumulate,
         )
+        batches = self._load(shares)
         with Progress(
             f"epoch {history.epoch + 1}", len(self.train), "captions", shown=accelerator.is_main_process
         ) as progress:
-            for batch in batches:
-                entropy = (self.config.seed, history.step, accelerator.process_index)
-                torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-                batch = batch.to(accelerator.device)
-                if options.mirror:
-                    batch = _mirrored(batch)
-                share = self._schedule(history.step)
-                for group, rate in zip(self.optimiser.param_groups, self._rates, strict=True):
-                    group["lr"] = rate * share
-                loss, shown = self._loss(batch)
-                self.optimiser.zero_grad()
-                accelerator.backward(loss)
-                norm = accelerator.clip_grad_norm_(self.network.parameters(), options.gradient_clip)
-                self.optimiser.step()
-                history.step += 1
-                history.epoch_step += 1
-                words = len(batch.targets)
-                self._total += torch.stack((shown * words, torch.full_like(shown, words)))
-                note = ""
+            while together := list(itertools.islice(batches, options.accumulate)):
+                share = self._step(wrapped, together)
                 if history.step % _LOG_EVERY == 0 or history.step == 1:
-                    value = self._finite(float(shown))
-                    note = f"loss {value:.3f}"
-                    tracker.log(
-                        history.step,
-                        {
-                            "train/loss": value,
-                            "train/gradient_norm": float(norm),
-                            "train/learning_rate": options.learning_rate * share,
-                            "train/epoch": history.step / self.steps_an_epoch,
-                        },
-                    )
-                progress.advance(len(batch.lengths) * accelerator.num_processes, note)
+                    self._say(tracker, options.learning_rate * share)
+                note = "" if self._shown is None else f"loss {self._shown:.3f}"
+                captions = sum(len(batch.tokens) for batch in together)
+                progress.advance(captions * accelerator.num_processes, note)
                 if time.monotonic() - self._saved >= 60 * self.config.checkpoint_minutes:
                     self._save_last()
                 if accelerator.num_processes == 1 or history.step % _LOG_EVERY == 0:
                     self._stop_if_asked()
-        loss_sum, word_count = accelerator.reduce(self._total, "sum")
-        return {"epoch": history.epoch + 1, "train_loss": self._finite(float(loss_sum / word_count))}
+        self._tell(tracker)
+        total = torch.tensor([float(self._total), self._words], dtype=torch.float64, device=accelerator.device)
+        loss_sum, word_count = accelerator.reduce(total, "sum").tolist()
+        return {"epoch": history.epoch + 1, "train_loss": self._finite(loss_sum / word_count)}
 
-    def _loss(self, batch: Batch) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """The loss to minimise, and the value to report: the cross-entropy, or minus the mean reward."""
+    def _wrap(self) -> torch.nn.Module:
+        """The network as several processes train it together, made anew when another part of it learns."""
+        learns = self.network.encoder_learns
+        if self._wrapped is None or self._wrapped[0] != learns:
+            self._wrapped = learns, self.accelerator.prepare_model(self.network)
+        return self._wrapped[1]
+
+    def _step(self, wrapped: torch.nn.Module, batches: Sequence[Batch]) -> float:
+        """One step of the optimiser; returns the share of the learning rates that it took."""
+        accelerator, options, history = self.accelerator, self.config.optimisation, self.history
+        entropy = (self.config.seed, history.step, accelerator.process_index)
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        share = self._schedule(history.step)
+        for group, rate in zip(self._optimiser.param_groups, self._rates, strict=True):
+            group["lr"] = rate * share
+        self._optimiser.zero_grad()
+        for number, batch in enumerate(batches, 1):
+            last = number == len(batches)
+            with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
+                loss = self._loss(wrapped, batch, len(batches))
+                self._rounding.scaled(loss).backward()  # type: ignore[no-untyped-call]
+        self._rounding.unscale(self._optimiser)
+        self._norm = clip(self.network, options)
+        self._rounding.step(self._optimiser)
+        history.step += 1
+        history.epoch_step += 1
+        self._average.after_step(history.step)
+        return share
+
+    def _loss(self, wrapped: torch.nn.Module, batch: Batch, together: int) -> Float[Tensor, ""]:
+        """A batch's part of the loss to minimise: of the cross-entropy, or of minus the expected reward."""
         options = self.config.optimisation
         if self.reward is None:
-            with self.accelerator.autocast():
-                logits = self.network(batch)
-            loss = F.cross_entropy(logits.float(), batch.targets, label_smoothing=options.label_smoothing)
-            return loss, loss.detach()
-        network = self.accelerator.unwrap_model(self.network)
-        # Each step has a seed of its own. Processes share it, since the draws depend on the photos too.
-        seed = self.config.seed * 2**31 + self.history.step
-        with torch.no_grad():
-            features = network.features(batch)
-        drawn = self.reward.draw(network.decoder, features, batch, seed=seed)
-        if not len(drawn.batch.targets):  # a network whose weights have become NaN writes nothing
-            self._finite(math.nan)
-        with self.accelerator.autocast():
-            logits = self.network(drawn.batch)
-        loss = self.reward.loss(logits, drawn)
-        return loss, 0 * loss.detach() - drawn.reward  # NaN where the loss is
+            own = options.scheduled_sampling * self.history.step / (options.epochs * self.steps_an_epoch)
+            with self._rounding.autocast():
+                summed: Tensor = wrapped(batch, smoothing=options.label_smoothing, own_words=own)
+            self._latest = summed.detach() / len(batch.targets)
+            self._total += summed.detach()
+            self._words += len(batch.targets)
+            return summed * batch.weight
+        with (
+            torch.no_grad(),
+            self._rounding.autocast(),
+            statistics_kept(self.network),
+            _evaluating(self.network.decoder),
+        ):
+            state = self.network.decoder.start(self.network.features(batch))
+            drawn = self.reward.draw(self.network.decoder, state, batch)
+        with self._rounding.autocast():
+            loss: Tensor = wrapped(drawn.batch, drawn.weights, never=self.reward.never.to(batch.rows.device))
+        self._latest = 0 * loss.detach() - drawn.reward  # NaN where the loss is
+        self._total += self._latest * len(drawn.weights)
+        self._words += len(drawn.weights)
+        return loss / together
 
-    @torch.inference_mode()
+    def _say(self, tracker: Tracker, rate: float) -> None:
+        """Report the step before the last one that was noted, and note this one: nothing waits for its numbers."""
+        self._tell(tracker)
+        numbers = torch.stack([self._latest, self._norm]).to("cpu", non_blocking=True)
+        event = None
+        if self.accelerator.device.type == "cuda":
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+        self._said = (self.history.step, rate, numbers, event)
+
+    def _tell(self, tracker: Tracker) -> None:
+        """Report the step that was noted last."""
+        if self._said is None:
+            return
+        step, rate, numbers, event = self._said
+        self._said = None
+        if event is not None:
+            event.synchronize()
+        loss, norm = numbers.tolist()
+        self._shown = self._finite(loss, step)
+        tracker.log(
+            step,
+            {
+                "train/loss": loss,
+                "train/gradient_norm": norm,
+                "train/learning_rate": rate,
+                "train/epoch": step / self.steps_an_epoch,
+            },
+        )
+
     def _validate(self) -> tuple[list[Caption], dict[str, float]]:
-        """Captions, scores and loss of the validation photos; each process takes a share of the captions."""
+        """Captions, scores and loss of the validation photos, in fp32."""
         self.network.eval()
-        accelerator, split = self.accelerator, self.data.val
-        rank, processes = accelerator.process_index, accelerator.num_processes
-        if processes > 1:  # all use the running statistics of the first process, whose checkpoint is saved
+        if self.accelerator.num_processes > 1:
+            # All use the running statistics of the first process, whose checkpoint is saved.
             for buffer in self.network.buffers():
                 buffer.copy_(broadcast(buffer))
         self.captioner = self._captioner()
-        rows, captions = split.rows[rank::processes], []
-        for start in range(0, len(rows), _CHUNK):
-            if processes == 1:
-                self._stop_if_asked()
-            captions += caption_rows(self.captioner, split.source, rows[start : start + _CHUNK])
-        if processes > 1:
-            numbered = gather_object(list(zip(range(rank, len(split.rows), processes), captions, strict=True)))
-            captions = [caption for _, caption in sorted(numbered, key=lambda pair: pair[0])]
-        # Every process computes the scores, so that all take the same decisions.
-        references = references_of(split.examples)
-        hypotheses = dict(zip(references, (caption.text for caption in captions), strict=True))
-        scores = metrics.score(references, hypotheses, meteor=self._meteor)
-        total, words = 0.0, 0
-        for batch in self.val.epoch(
-            0, batch_size=self.config.optimisation.batch_size, seed=0, by_photo=self.data.encoder.trainable
-        ):
-            if processes == 1:
-                self._stop_if_asked()
-            batch = batch.to(accelerator.device)
-            logits = accelerator.unwrap_model(self.network)(batch)
-            total += float(F.cross_entropy(logits, batch.targets, reduction="sum"))
-            words += len(batch.targets)
-        return captions, {"val_loss": self._finite(total / words), **scores}
+        between = self._stop_if_asked if self.accelerator.num_processes == 1 else lambda: None
+        captions, scores = caption_validation(
+            self.captioner, self.data.val, self.accelerator, meteor=self._meteor, between=between
+        )
+        shares = self.val.epoch(
+            0,
+            batch_size=self.config.optimisation.batch_size,
+            seed=0,
+            by_photo=self.data.encoder.trainable,
+        )
+        loss = validation_loss(self.network, self._load_val(shares), between)
+        return captions, {"val_loss": self._finite(loss), **scores}
 
     def _captioner(self) -> Captioner:
         """The model with the present weights; it captions in fp32."""
-        network = self.accelerator.unwrap_model(self.network)
-        engine = TorchEngine(self.data.encoder, network.decoder, "fp32", self.accelerator.device)
+        engine = TorchEngine(self.data.encoder, self.network.decoder, "fp32", self.accelerator.device)
         return Captioner(engine, self.vocabulary, self.config.decoding)
 
     def _schedule(self, step: int) -> float:
-        """Share of the learning rate at a step."""
-        options = self.config.optimisation
-        return warmed_cosine(step, options.epochs * self.steps_an_epoch, options.warmup_steps, last=_LAST_SHARE)
+        """Share of the learning rates at a step."""
+        return warmed(self.config.optimisation, step, self.steps_an_epoch)
+
+    def _forget_losses(self) -> None:
+        self._total.zero_()
+        self._words = 0
 
     def _finished(self) -> bool:
         history, options = self.history, self.config.optimisation
         return history.epoch >= options.epochs or history.epoch - history.best_epoch >= options.patience
 
-    def _finite(self, loss: float) -> float:
+    def _finite(self, loss: float, step: int | None = None) -> float:
         if math.isfinite(loss):
             return loss
         raise CaptionerError(
-            f"the loss is {loss} at step {self.history.step:,}; the checkpoints of earlier epochs are kept: "
+            f"the loss is {loss} at step {step or self.history.step:,}; the checkpoints of earlier epochs are kept: "
             "lower --optimisation.learning-rate or use --precision fp32, with a new --output"
         )
 
@@ -442,40 +432,40 @@ class Trainer:
                 rows.append((pixels, caption.text, caption.logprob, "\n".join(example.captions)))
         tracker.samples(history.step, ("photo", "caption", "log-probability", "human captions"), rows)
 
-    def _save(self, better: bool, captions: Sequence[Caption]) -> None:
-        """Save the checkpoints of a finished epoch."""
+    def _save_best(self, captions: Sequence[Caption]) -> None:
+        """Save the model of an epoch that is better than all before, with its captions."""
         output = self.config.output
-        if better:
-            results = [
-                {"image_id": example.image_id, "caption": caption.text}
-                for example, caption in zip(self.data.val.examples, captions, strict=True)
-            ]
-            self.captioner.training = self._record()
-            self.captioner.save_pretrained(output / "best")
-            try:
-                files.write(output / "captions_val.json", json.dumps(results, indent=0) + "\n")
-            except OSError as error:
-                raise CheckpointError(
-                    f"{output / 'captions_val.json'}: cannot be written ({error.strerror}); make room and run again"
-                ) from None
-        self._save_last()
+        results = [
+            {"image_id": example.image_id, "caption": caption.text}
+            for example, caption in zip(self.data.val.examples, captions, strict=True)
+        ]
+        self.captioner.training = self._record()
+        self.captioner.save_pretrained(output / "best")
+        try:
+            files.write(output / "captions_val.json", json.dumps(results, indent=0) + "\n")
+        except OSError as error:
+            raise CheckpointError(
+                f"{output / 'captions_val.json'}: cannot be written ({error.strerror}); make room and run again"
+            ) from None
 
     def _save_last(self) -> None:
         """Save the model and all that is needed to go on with the next step. Only the first process writes."""
         self._saved = time.monotonic()
         if not self.accelerator.is_main_process:
             return
-        history, network = self.history, self.accelerator.unwrap_model(self.network)
+        history = self.history
         history.seconds = self._saved - self._began
-        history.loss_sum, history.loss_words = self._total.tolist()
+        history.loss_sum, history.loss_words = float(self._total), self._words
+        history.moments, history.scale = self._average.moments, self._rounding.state()
         self._finite(history.loss_sum)
-        if not all(bool(parameter.isfinite().all()) for parameter in network.parameters()):
-            self._finite(math.nan)
-        model = self._captioner()
-        model.training = self._record()
-        with checkpoint.replacing(self.config.output / "last") as folder:
-            model.write(folder)
-            run.save_state(folder, history, self.optimiser)
+        with self._average.own_weights():
+            if not all(bool(parameter.isfinite().all()) for parameter in self.network.parameters()):
+                self._finite(math.nan)
+            model = self._captioner()
+            model.training = self._record()
+            with checkpoint.replacing(self.config.output / "last") as folder:
+                model.write(folder)
+                run.save_state(folder, history, self._optimiser, self._average.state())
 
     def _record(self) -> dict[str, Any]:
         """How the model came about, as its checkpoint says it."""
@@ -499,40 +489,23 @@ class Trainer:
             **({} if scores is None or history.epoch_step else {"scores": scores}),
         }
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Note SIGTERM and Ctrl-C instead of stopping at once; a second one stops at once."""
-        if threading.current_thread() is not threading.main_thread():  # only that one may handle signals
-            yield
-            return
-        before: dict[int, Any] = {}
-
-        def restore() -> None:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-        def note(number: int, _: FrameType | None) -> None:
-            self._signal = number
-            restore()
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.getsignal(number) or signal.SIG_DFL
-            signal.signal(number, note)
-        try:
-            yield
-        finally:
-            restore()
-
     def _stop_if_asked(self) -> None:
         """Save and stop, if a signal asked for it. Several processes agree, so that none waits for one that stopped."""
+        signals = self._signals
         if self.accelerator.num_processes > 1:
-            asked = self.accelerator.gather(torch.tensor([self._signal or 0], device=self.accelerator.device))
-            self._signal = int(asked.max()) or None
-        if self._signal is None:
+            asked = self.accelerator.gather(torch.tensor([signals.noted or 0], device=self.accelerator.device))
+            signals.noted = int(asked.max()) or None
+        if signals.noted is None:
             return
         self._save_last()
         log.info("stopped after step %s, which is saved; the same command goes on", f"{self.history.step:,}")
-        raise KeyboardInterrupt if self._signal == signal.SIGINT else SystemExit(128 + self._signal)
+        signals.stop()
+
+    def _leave_if_asked(self) -> None:
+        """Stop before the first step, if a signal asked for it."""
+        if self._signals.noted is not None:
+            log.info("stopped before the first step; the same command begins anew")
+            self._signals.stop()
 
     def _resume(self) -> None:
         """Go on from the last checkpoint, where there is one."""
@@ -546,10 +519,10 @@ class Trainer:
                 f"({saved.training.get('train_photos')} photos of training then, {len(self.data.train.examples)} now); "
                 "choose another --output"
             )
-        if saved.vocabulary.sha256 != self.captioner.vocabulary.sha256:
+        if saved.vocabulary.sha256 != self.vocabulary.sha256:
             raise CheckpointError(
                 f"{last}: its vocabulary ({len(saved.vocabulary):,} words) is not what this version makes of the data "
-                f"({len(self.captioner.vocabulary):,} words); choose another --output"
+                f"({len(self.vocabulary):,} words); choose another --output"
             )
         encoder = self.data.encoder
         if not encoder.trainable and saved.encoder_sha256 != encoder.weights_sha256:
@@ -557,10 +530,12 @@ class Trainer:
                 f"{last}: was trained with other {encoder.config.name} weights ({saved.encoder_sha256[:12]}, "
                 f"not {encoder.weights_sha256[:12]}); give those with --encoder.weights, or choose another --output"
             )
-        weights.fill(self.accelerator.unwrap_model(self.network).decoder, saved.decoder_state, str(last))
+        weights.fill(self.network.decoder, saved.decoder_state, str(last))
         if self.data.encoder.trainable:
             weights.fill(self.data.encoder.body, saved.encoder_state or {}, str(last))
-        self.history = run.load_state(last, self.optimiser)
+        self.history, averaged = run.load_state(last, self._optimiser)
+        self._average.load(averaged, self.history.moments)
+        self._rounding.load(self.history.scale)
         if not all({*_TRAINING, "val_loss", "cider"} <= record.keys() for record in self.history.epochs) or (
             self.history.epoch and not self.history.best_epoch
         ):
@@ -573,21 +548,16 @@ class Trainer:
             )
         history.processes = processes
         if self.accelerator.is_main_process:
-            self._total += torch.tensor([history.loss_sum, history.loss_words], dtype=torch.float64).to(self._total)
+            self._total += history.loss_sum
+            self._words = int(history.loss_words)
         log.info("%s: going on after epoch %d, step %s", last, history.epoch, f"{history.step:,}")
 
 
-def _mirrored(batch: Batch) -> Batch:
-    """A batch with about half of its photos, chosen at random, mirrored."""
-    chosen = torch.rand(len(batch.photos), 1, 1, 1, device=batch.photos.device) < 0.5
-    return dataclasses.replace(batch, photos=torch.where(chosen, batch.photos.flip(3), batch.photos))
-
-
-def _mixed_precision(config: TrainingConfig) -> str | None:
-    """Accelerate's name for the precision to compute in; None leaves it to `accelerate launch`."""
-    if config.precision != "auto":
-        return {"fp32": "no"}.get(config.precision, config.precision)
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:
-        return None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return "bf16" if has_fast_bf16(device) else "no"
+@contextlib.contextmanager
+def _evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Leave out dropout for a while."""
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train()

@@ -18,7 +18,7 @@ import torch
 from captioner import metrics
 from captioner.config import EncoderConfig
 from captioner.datasets.annotations import load
-from captioner.images import Photos
+from captioner.datasets.photos import Photos
 from captioner.networks.encoder import Encoder
 from recipes.mini import common
 from recipes.mini.features import late_of

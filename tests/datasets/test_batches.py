@@ -5,11 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from captioner.datasets.annotations import Example
-from captioner.datasets.batches import CaptionDataset
-from captioner.images import Photos
+from captioner.datasets.batches import CaptionDataset, Share
 from captioner.vocabulary import Vocabulary
 
 PHOTOS = 23
@@ -34,14 +32,9 @@ CAPTIONS = sorted(caption.split()[0] for example in examples() for caption in ex
 ROWS = np.random.default_rng(1).permutation(PHOTOS + 5)[:PHOTOS]  # where the features of each photo are
 
 
-def source():
-    """Features that say in which row they are."""
-    return np.repeat(np.arange(PHOTOS + 5, dtype=np.float16)[:, None], 4096, axis=1)
-
-
 @pytest.fixture(scope="module")
 def dataset():
-    return CaptionDataset(examples(), VOCABULARY, source(), ROWS)
+    return CaptionDataset.of(examples(), VOCABULARY, ROWS)
 
 
 def names(batch):
@@ -54,7 +47,7 @@ def photo_of(name):
 
 
 def epoch(dataset, number=0, **options):
-    return list(dataset.epoch(number, **{"batch_size": 8, "seed": 0} | options))
+    return [dataset.batch(share) for share in dataset.epoch(number, **{"batch_size": 8, "seed": 0} | options)]
 
 
 @pytest.mark.parametrize("by_photo", [False, True])
@@ -64,7 +57,7 @@ def test_every_caption_once_an_epoch(dataset, batch_size, by_photo):
     for number in range(2):
         batches = epoch(dataset, number, batch_size=batch_size, by_photo=by_photo)
         assert sorted(name for batch in batches for name in names(batch)) == CAPTIONS
-        assert len(batches) == dataset.steps(batch_size)
+        assert len(batches) == dataset.batches(batch_size)
         assert all(len(batch.tokens) <= batch_size for batch in batches)
         assert sum(len(batch.tokens) < batch_size for batch in batches) <= 1
 
@@ -72,11 +65,8 @@ def test_every_caption_once_an_epoch(dataset, batch_size, by_photo):
 @pytest.mark.parametrize("by_photo", [False, True])
 def test_every_caption_has_its_photo(dataset, by_photo):
     for batch in epoch(dataset, by_photo=by_photo):
-        assert batch.photos.dtype == torch.float32
-        assert batch.photos.shape[1] == 4096
-        rows = batch.photos[batch.photo, 0].tolist()
-        assert rows == [ROWS[photo_of(name)] for name in names(batch)]
-        assert len(set(batch.photos[:, 0].tolist())) == len(batch.photos)  # each photo once
+        assert batch.rows[batch.photo].tolist() == [ROWS[photo_of(name)] for name in names(batch)]
+        assert len(set(batch.rows.tolist())) == len(batch.rows)  # each photo once
 
 
 @pytest.mark.parametrize("by_photo", [False, True])
@@ -87,7 +77,7 @@ def test_the_order_is_a_function_of_seed_and_epoch(dataset, by_photo):
     first = order(3, 1)
     np.random.seed(9)  # what others draw has no influence
     torch.manual_seed(9)
-    again = CaptionDataset(examples(), VOCABULARY, source(), ROWS)
+    again = CaptionDataset.of(examples(), VOCABULARY, ROWS)
     assert [names(batch) for batch in epoch(again, 3, seed=1, by_photo=by_photo)] == first
     assert order(4, 1) != first
     assert order(3, 2) != first
@@ -101,7 +91,7 @@ def test_processes_share_each_step(dataset, processes, by_photo):
         epoch(dataset, batch_size=4, rank=rank, processes=processes, by_photo=by_photo) for rank in range(processes)
     ]
     alone = epoch(dataset, batch_size=4 * processes, by_photo=by_photo)
-    assert {len(share) for share in shares} == {len(alone)} == {dataset.steps(4, processes)}
+    assert {len(share) for share in shares} == {len(alone)} == {dataset.batches(4, processes)}
     for step, whole in zip(zip(*shares, strict=True), alone, strict=True):
         together = [name for batch in step for name in names(batch)]
         assert set(together) == set(names(whole))
@@ -119,17 +109,17 @@ def test_by_photo_keeps_the_captions_of_a_photo_together(dataset, processes):
         for batch in epoch(dataset, batch_size=16, rank=rank, processes=processes, by_photo=True)
         for photo in {photo_of(name) for name in names(batch)}
     ]
-    edges = dataset.steps(16, processes) * processes - 1  # where a photo's captions may be divided
+    edges = dataset.batches(16, processes) * processes - 1  # where a photo's captions may be divided
     assert PHOTOS <= len(seen) <= PHOTOS + edges
     photos = [photo for batch in epoch(dataset, batch_size=16, by_photo=True) for photo in batch.photo.tolist()]
     assert len(photos) == len(CAPTIONS)
-    sorted_by_length = sum(len(batch.photos) for batch in epoch(dataset, batch_size=16))
-    assert sum(len(batch.photos) for batch in epoch(dataset, batch_size=16, by_photo=True)) < sorted_by_length
+    sorted_by_length = sum(len(batch.rows) for batch in epoch(dataset, batch_size=16))
+    assert sum(len(batch.rows) for batch in epoch(dataset, batch_size=16, by_photo=True)) < sorted_by_length
 
 
 def test_batches_hold_captions_of_like_length(dataset):
     def padding(batches):
-        return sum(batch.tokens.numel() - int(batch.lengths.sum()) for batch in batches)
+        return sum(batch.inputs.numel() - len(batch.keep) for batch in batches)
 
     assert padding(epoch(dataset)) < 0.5 * padding(epoch(dataset, by_photo=True))
 
@@ -138,7 +128,7 @@ def test_tokens_inputs_and_targets():
     texts = ("a dog runs", "a", "a dog")
     vocabulary = Vocabulary.build(texts, 1)
     examples = [Example("x", Path("x.png"), texts[:2], "train"), Example("y", Path("y.png"), texts[2:], "train")]
-    batch = CaptionDataset(examples, vocabulary, source(), np.array([4, 2])).batch(np.array([2, 0, 1]))
+    batch = CaptionDataset.of(examples, vocabulary, np.array([4, 2])).batch(Share(0, np.array([2, 0, 1]), 0.5))
     a, dog, runs = (vocabulary.id_of(word) for word in ("a", "dog", "runs"))
     start, end, pad = vocabulary.start, vocabulary.end, vocabulary.pad
     assert batch.tokens.tolist() == [
@@ -146,50 +136,50 @@ def test_tokens_inputs_and_targets():
         [start, a, dog, runs, end],
         [start, a, end, pad, pad],
     ]
-    assert batch.tokens.dtype == batch.lengths.dtype == batch.photo.dtype == torch.int64
-    assert batch.lengths.tolist() == [4, 5, 3]
-    assert batch.photos[:, 0].tolist() == [2, 4]
+    assert {tensor.dtype for tensor in batch.tensors()} == {torch.int64}
+    assert batch.rows.tolist() == [2, 4]
+    assert batch.weight == 0.5
     assert batch.photo.tolist() == [0, 1, 1]
     assert batch.inputs.tolist() == [[start, a, dog, end], [start, a, dog, runs], [start, a, end, pad]]
-    assert batch.keep.tolist() == [[True, True, True, False], [True] * 4, [True, True, False, False]]
+    assert batch.keep.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9]  # of 3 rows of 4, those before a real token
     assert batch.targets.tolist() == [a, dog, end, a, dog, runs, end, a, end]  # each word and each end, no padding
-    assert len(batch.targets) == int(batch.keep.sum()) == int((batch.lengths - 1).sum())
 
 
 def test_long_captions_are_cut_and_do_not_learn_to_end(dataset):
-    short = CaptionDataset(examples(), VOCABULARY, source(), ROWS, max_words=3)
+    short = CaptionDataset.of(examples(), VOCABULARY, ROWS, max_words=3)
     assert len(short) == len(dataset)
     for batch in epoch(short, batch_size=1000):
-        assert batch.lengths.max() <= 5
-        for ids, length in zip(batch.tokens.tolist(), batch.lengths.tolist(), strict=True):
+        assert batch.tokens.shape[1] <= 5
+        for ids in batch.tokens.tolist():
             assert len(VOCABULARY.words(ids)) <= 3
-            assert (ids[length - 1] == VOCABULARY.end) == (len(VOCABULARY.words(ids)) == length - 2)
         assert (batch.targets == VOCABULARY.end).sum() < len(batch.tokens)
 
 
 def test_batches_move_to_a_device(dataset):
     batch = epoch(dataset)[0]
     moved = batch.to(torch.device("meta"))
-    assert {tensor.device.type for tensor in (moved.photos, moved.photo, moved.tokens, moved.lengths)} == {"meta"}
+    assert {tensor.device.type for tensor in moved.tensors()} == {"meta"}
+    assert len(moved.tensors()) == len(batch.tensors()) == 5
     assert moved.tokens.shape == batch.tokens.shape
 
 
-def test_features_that_are_mapped_from_disk(tmp_path, dataset):
-    source().tofile(tmp_path / "features.f16")
-    mapped = np.memmap(tmp_path / "features.f16", np.float16, mode="r", shape=(PHOTOS + 5, 4096))
-    on_disk = CaptionDataset(examples(), VOCABULARY, mapped, ROWS)
-    for batch, expected in zip(epoch(on_disk), epoch(dataset), strict=True):
-        assert torch.equal(batch.photos, expected.photos)
-        batch.photos.add_(1)  # a copy: the file stays as it is
-    assert np.array_equal(mapped, source())
+@pytest.mark.parametrize("by_photo", [False, True])
+@pytest.mark.parametrize("processes", [1, 3])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_words_of_a_step_count_alike(dataset, processes, accumulate, by_photo):
+    """The losses of all words, so weighed and averaged over processes, are the mean over the words of the step."""
+    options = {"batch_size": 4, "seed": 0, "processes": processes, "by_photo": by_photo, "accumulate": accumulate}
+    plans = [dataset.epoch(0, rank=rank, **options) for rank in range(processes)]
+    words = sum(len(batch.targets) for batch in epoch(dataset))
+    assert sum(len(dataset.batch(share).targets) for plan in plans for share in plan if share.weight) == words
+    for start in range(0, len(plans[0]), accumulate):
+        step = [share for plan in plans for share in plan[start : start + accumulate]]
+        total = sum(len(dataset.batch(share).targets) * share.weight for share in step) / processes
+        assert total == pytest.approx(1)
+        assert len({share.weight for share in step if share.weight}) == 1
 
 
-def test_photos_instead_of_features(tmp_path):
-    paths = [tmp_path / f"{n}.png" for n in range(4)]
-    for n, path in enumerate(paths):
-        Image.new("RGB", (8, 8), (n, n, n)).save(path)
-    dataset = CaptionDataset(examples(4), VOCABULARY, Photos(paths, 8), np.arange(4))
-    for batch in epoch(dataset, by_photo=True):
-        assert batch.photos.dtype == torch.uint8
-        assert batch.photos.shape[1:] == (3, 8, 8)
-        assert batch.photos[batch.photo, 0, 0, 0].tolist() == [photo_of(name) for name in names(batch)]
+def test_batches_that_a_run_has_had_are_left_out(dataset):
+    options = {"batch_size": 4, "seed": 0, "accumulate": 2}
+    whole, rest = dataset.epoch(1, **options), dataset.epoch(1, first=6, **options)
+    assert [(s.captions.tolist(), s.weight) for s in rest] == [(s.captions.tolist(), s.weight) for s in whole[6:]]

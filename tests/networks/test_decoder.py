@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from captioner.config import CellName, DecoderConfig, FeatureNorm
-from captioner.networks.decoder import Decoder
+from captioner.networks.decoder import Decoder, Dropout
 
 CELLS = get_args(CellName)
 SMALL = DecoderConfig(hidden_size=6, embedding_size=5, dropout=0.0, feature_norm="sqrt")
@@ -53,15 +53,6 @@ def test_steps_equal_the_whole_sequence(cell, layers, norm):
         logits, state = model.step(tokens[:, t], state)
         assert all(part.shape == (layers, 4, 6) for part in state)
         assert torch.allclose(logits, whole[:, t], rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("cell", CELLS)
-def test_only_the_positions_kept_are_computed(cell):
-    model = shaken(decoder(cell=cell))
-    photos, tokens = features(3).double(), captions(3, 5)
-    keep = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]], dtype=torch.bool)
-    assert torch.equal(model(photos, tokens, keep), model(photos, tokens)[keep])
-    assert model(photos, tokens, keep & False).shape == (0, V)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -247,3 +238,21 @@ def test_dropout_is_on_in_training_alone():
     assert not torch.equal(model.step(tokens[:, 0], state)[0], model.step(tokens[:, 0], state)[0])
     model.eval()
     assert torch.equal(model(photos, tokens), model(photos, tokens))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_dropout_zeroes_its_share_and_keeps_the_sum(share):
+    layer = Dropout(share)
+    torch.manual_seed(0)
+    x = torch.full((301, 1001), 2.0, requires_grad=True)
+    found = layer(x)
+    kept = found != 0
+    assert float(kept.float().mean()) == pytest.approx(1 - share, abs=0.005)
+    assert torch.allclose(found[kept], torch.tensor(2.0 / (1 - share)))
+    for axis in (0, 1):  # no row or column is special: neighbours are drawn from one random number
+        assert float(kept.float().mean(axis).std()) < 0.05
+    assert abs(float((kept[:, :-1] & kept[:, 1:]).float().mean()) - (1 - share) ** 2) < 0.01
+    found.sum().backward()
+    assert torch.equal(x.grad, kept / (1 - share))
+    assert not torch.equal(layer(x), found)
+    assert layer.eval()(x) is x

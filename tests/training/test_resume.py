@@ -46,10 +46,10 @@ def stop_at_step(monkeypatch: pytest.MonkeyPatch, number: int, by: int) -> None:
     """Let a signal arrive in the middle of a step."""
     loss = Trainer._loss
 
-    def signalled(self: Trainer, batch: Any) -> Any:
+    def signalled(self: Trainer, *arguments: Any) -> Any:
         if self.history.step == number:
             os.kill(os.getpid(), by)
-        return loss(self, batch)
+        return loss(self, *arguments)
 
     monkeypatch.setattr(Trainer, "_loss", signalled)
 
@@ -170,10 +170,10 @@ def test_dropout_differs_from_step_to_step(data: Path, tmp_path: Path, monkeypat
     drawn: list[float] = []
     loss = Trainer._loss
 
-    def note(self: Trainer, batch: Any) -> Any:
+    def note(self: Trainer, *arguments: Any) -> Any:
         with torch.random.fork_rng():
             drawn.append(float(torch.rand(())))
-        return loss(self, batch)
+        return loss(self, *arguments)
 
     monkeypatch.setattr(Trainer, "_loss", note)
     train(configuration(data, tmp_path / "run"))

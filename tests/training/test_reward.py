@@ -20,15 +20,22 @@ from captioner.errors import CaptionerError
 from captioner.metrics import CiderD
 from captioner.networks.decoder import Decoder
 from captioner.networks.inference import TorchEngine
-from captioner.training.reward import Reward
+from captioner.training.network import Network
+from captioner.training.reward import Drawn, Reward
 from captioner.training.trainer import train
 
 
 def some_batch(count: int) -> Batch:
     generator = torch.Generator().manual_seed(0)
     nothing = torch.zeros(count, 1, dtype=torch.int64)
-    numbers = torch.arange(count)
-    return Batch(torch.rand(count, 4096, generator=generator), numbers + 10, numbers, nothing, torch.ones_like(numbers))
+    numbers, none = torch.arange(count), torch.zeros(0, dtype=torch.int64)
+    return Batch(torch.rand(count, 4096, generator=generator), numbers + 10, numbers, nothing, none, none)
+
+
+def draw(reward: Reward, model: Captioner, batch: Batch, *, seed: int) -> Drawn:
+    decoder = decoder_of(model).eval()
+    assert batch.photos is not None
+    return reward.draw(decoder, decoder.start(batch.photos), batch, torch.Generator().manual_seed(seed))
 
 
 def decoder_of(model: Captioner) -> Decoder:
@@ -52,16 +59,17 @@ def examples(model: Captioner) -> list[Example]:
 def test_what_is_drawn_is_weighed_by_what_it_is_worth(model: Captioner, examples: list[Example]) -> None:
     vocabulary, batch = model.vocabulary, some_batch(4)
     reward = Reward(examples, np.arange(10, 14), vocabulary)
-    drawn = reward.draw(decoder_of(model), batch.photos, batch, seed=1)
+    drawn = draw(reward, model, batch, seed=1)
     found = drawn.batch
     assert found.photo.tolist() == [n for n in range(4) for _ in range(5)]
     assert (found.tokens[:, 0] == vocabulary.start).all()
-    ends = [vocabulary.end in row for row in found.tokens.tolist()]
-    assert any(ends)
+    lengths = torch.bincount(found.keep // found.inputs.shape[1]).tolist()  # words of each caption
     hypotheses = [
-        [vocabulary.word_of(index) for index in row[1:length]]
-        for row, length in zip(found.tokens.tolist(), found.lengths.tolist(), strict=True)
+        [vocabulary.word_of(index) for index in row[1 : length + 1]]
+        for row, length in zip(found.tokens.tolist(), lengths, strict=True)
     ]
+    assert [vocabulary.id_of(word) for words in hypotheses for word in words] == found.targets.tolist()
+    assert any("[end]" in words for words in hypotheses)
     assert all("[end]" not in words[:-1] and "[pad]" not in words for words in hypotheses)
     references = {
         n: [[*vocabulary.words(ids[1:]), "[end]"] for ids in vocabulary.encode(list(example.captions))]
@@ -70,7 +78,7 @@ def test_what_is_drawn_is_weighed_by_what_it_is_worth(model: Captioner, examples
     scores = CiderD(references)(found.photo.tolist(), hypotheses).reshape(4, 5)
     assert drawn.reward == pytest.approx(scores.mean())
     assert scores.any()
-    weights = iter(drawn.weights.split([length - 1 for length in found.lengths.tolist()]))
+    weights = iter((drawn.weights * len(found.targets)).split(lengths))  # the loss is a mean over the words
     for photo in range(4):
         for caption in range(5):
             others = np.delete(scores[photo], caption).mean()
@@ -79,7 +87,7 @@ def test_what_is_drawn_is_weighed_by_what_it_is_worth(model: Captioner, examples
 
 def test_another_seed_draws_other_captions(model: Captioner, examples: list[Example]) -> None:
     reward, batch = Reward(examples, np.arange(10, 14), model.vocabulary), some_batch(4)
-    one, same, other = (reward.draw(decoder_of(model), batch.photos, batch, seed=seed).batch for seed in (1, 1, 2))
+    one, same, other = (draw(reward, model, batch, seed=seed).batch for seed in (1, 1, 2))
     assert torch.equal(one.tokens, same.tokens)
     assert one.tokens.shape != other.tokens.shape or not torch.equal(one.tokens, other.tokens)
 
@@ -87,14 +95,14 @@ def test_another_seed_draws_other_captions(model: Captioner, examples: list[Exam
 def test_its_gradient_raises_the_expected_reward(model: Captioner, examples: list[Example]) -> None:
     reward, batch = Reward(examples, np.arange(10, 14), model.vocabulary), some_batch(4)
     decoder = decoder_of(model)
+    assert isinstance(model.engine, TorchEngine)
+    network = Network(model.engine.encoder, decoder)
     optimiser = torch.optim.Adam(decoder.parameters(), 0.01)
     rewards = []
     for step in range(150):
-        drawn = reward.draw(decoder, batch.photos, batch, seed=step)
+        drawn = draw(reward, model, batch, seed=step)
         rewards.append(drawn.reward)
-        found = drawn.batch
-        logits = decoder(found.photos[found.photo], found.inputs, found.keep)
-        loss = reward.loss(logits, drawn)
+        loss = network(drawn.batch, drawn.weights, never=reward.never)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -104,14 +112,19 @@ def test_its_gradient_raises_the_expected_reward(model: Captioner, examples: lis
 def test_what_is_never_drawn_gains_nothing(model: Captioner, examples: list[Example]) -> None:
     vocabulary, batch = model.vocabulary, some_batch(4)
     reward = Reward(examples, np.arange(10, 14), vocabulary)
-    drawn = reward.draw(decoder_of(model), batch.photos, batch, seed=1)
-    found = drawn.batch
-    logits = decoder_of(model)(found.photos[found.photo], found.inputs, found.keep).detach().requires_grad_()
-    reward.loss(logits, drawn).backward()
-    assert logits.grad is not None
-    gains = logits.grad.abs().sum(0) > 0
+    drawn = draw(reward, model, batch, seed=1)
+    decoder = decoder_of(model)
+    assert isinstance(model.engine, TorchEngine)
+    Network(model.engine.encoder, decoder)(drawn.batch, drawn.weights, never=reward.never).backward()
+    assert decoder.output.bias.grad is not None
+    gains = decoder.output.bias.grad.abs() > 0
     never = {vocabulary.pad, vocabulary.start, vocabulary.unk}
     assert {index for index, gain in enumerate(gains.tolist()) if not gain} == never
+    assert not {*found_words(drawn)} & never
+
+
+def found_words(drawn: Drawn) -> list[int]:
+    return drawn.batch.targets.tolist()
 
 
 # Training ----------------------------------------------------------------------------------------------------------

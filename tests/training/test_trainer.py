@@ -30,8 +30,8 @@ from captioner.datasets.annotations import load, load_dataset
 from captioner.errors import CaptionerError, CheckpointError
 from captioner.networks.encoder import Encoder
 from captioner.training import run as run_folder
-from captioner.training import trainer
 from captioner.training.presets import PRESETS
+from captioner.training.rounding import Rounding
 from captioner.training.trainer import History, Trainer, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -661,17 +661,28 @@ def test_data_without_validation(tmp_path: Path) -> None:
 
 def test_precision_is_what_was_asked_for(data: Path, tmp_path: Path) -> None:
     config = replace(make_config(data, tmp_path / "run"), precision="bf16")
-    assert trainer._mixed_precision(config) == "bf16"
-    assert trainer._mixed_precision(replace(config, precision="fp32")) == "no"
-    assert trainer._mixed_precision(replace(config, precision="auto")) in ("no", "bf16")
+    train(config)
+    train(replace(config, precision="fp32", output=tmp_path / "exact"))
+    rounded, exact = (
+        [epoch["train_loss"] for epoch in json.loads((path / "last" / "training.json").read_text())["epochs"]]
+        for path in (tmp_path / "run", tmp_path / "exact")
+    )
+    assert rounded == pytest.approx(exact, rel=0.02)
+    assert rounded != exact
 
 
 def test_a_precision_that_cannot_be_used(finished: tuple[TrainingConfig, History], tmp_path: Path) -> None:
-    """Accelerate keeps to one precision a process."""
     config = replace(finished[0], output=tmp_path / "run")
-    with pytest.raises(CaptionerError, match="--precision bf16 cannot be used: "):
-        train(replace(config, precision="bf16"))
+    with pytest.raises(CaptionerError, match="precision is fp16, which is for GPUs, and the device is cpu"):
+        train(replace(config, precision="fp16"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("asked", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])
+def test_what_accelerate_launch_asks_for_is_heard(monkeypatch: pytest.MonkeyPatch, asked: str, dtype: Any) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+    assert Rounding("auto", torch.device("cpu")).dtype == dtype
+    assert Rounding("fp32", torch.device("cpu")).dtype == torch.float32
 
 
 def test_the_learning_rate_rises_and_falls(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
