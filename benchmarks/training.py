@@ -3,9 +3,9 @@
     python -m benchmarks.training [--rounds N] [--batch-size N] [--device cuda]
 
 The sizes are COCO's: 9,487 words, 512 hidden units, embeddings of 512 numbers, 5 captions of about 11 words a photo.
-The ceiling is the rate at which the same machine multiplies the large matrices of a step, in the same precision, measured
-between the rounds; a step's share of it counts only the products that any program must compute. The plain loop is what
-people write: `nn.Embedding`, `nn.LSTM`, `nn.Linear`, `cross_entropy` over padded captions, under autocast.
+The ceiling is the rate at which the same machine multiplies the large matrices of a step in the same precision,
+measured between the rounds; a step's share of it counts only the products that any program must compute. The plain
+loop is what people write: `nn.Embedding`, `nn.LSTM`, `nn.Linear`, `cross_entropy` over padded captions, under autocast.
 """
 
 from __future__ import annotations

@@ -35,14 +35,14 @@ class Loader:
         self._device = device
         self._table = _resident(source, device)
         self._plan: list[Share] = []
-        photos = isinstance(source, Photos)
+        workers = workers if isinstance(source, Photos) else 0
         self._batches = DataLoader(
             _Collated(captions, None if self._table is not None else source),
             batch_size=None,
             sampler=self._plan,
-            num_workers=workers if photos else 0,
-            prefetch_factor=_AHEAD if photos else None,
-            persistent_workers=photos,
+            num_workers=workers,
+            prefetch_factor=_AHEAD if workers else None,
+            persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
             worker_init_fn=_ignore_interrupts,
         )

@@ -89,7 +89,7 @@ class Network(nn.Module):
         inputs = batch.inputs.contiguous()
         # A word is read one position behind the one where it is predicted, unless that was the last of its row.
         read = (batch.keep + 1) % inputs.shape[1] != 0
-        positions = (batch.keep + 1).clamp(max=inputs.numel() - 1)
+        positions = (batch.keep + 1) * read  # elsewhere the first `[start]`, which stays
         human = inputs.flatten().index_select(0, positions)
         own = draw(self.decoder.output(self._hidden(batch, state, inputs)))
         chosen = read & (torch.rand(read.shape, device=read.device) < share)

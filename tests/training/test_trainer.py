@@ -30,6 +30,7 @@ from captioner.datasets.annotations import load, load_dataset
 from captioner.errors import CaptionerError, CheckpointError
 from captioner.networks.encoder import Encoder
 from captioner.training import run as run_folder
+from captioner.training import trainer
 from captioner.training.presets import PRESETS
 from captioner.training.rounding import Rounding
 from captioner.training.trainer import History, Trainer, train
@@ -189,13 +190,24 @@ def test_the_encoder_learns_where_it_may(data: Path, tmp_path: Path) -> None:
 # Stopped and started again -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimisation", [{}, {"encoder_learning_rate": 0.01}], ids=["decoder", "encoder"])
+@pytest.mark.parametrize(
+    "optimisation",
+    [
+        {},
+        {"encoder_learning_rate": 0.01},
+        {"average": "ema", "accumulate": 2, "weight_decay": 0.01},
+        {"average": "epochs", "scheduled_sampling": 0.5, "schedule": "step", "gradient_clip_value": 0.1},
+        {"encoder_learning_rate": 0.01, "unfreeze_after": 2, "crop": 0.6, "mirror": True, "colour": 0.2},
+        {"language_captions": "red square\na small blue circle\n"},
+    ],
+    ids=["decoder", "encoder", "ema", "epochs", "augmented", "language"],
+)
 def test_resumed_equals_uninterrupted(
-    data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    optimisation: dict[str, float],
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimisation: dict[str, Any]
 ) -> None:
+    if text := optimisation.get("language_captions"):
+        (tmp_path / "captions.txt").write_text(text)
+        optimisation = {"language_captions": tmp_path / "captions.txt"}
     whole = make_config(data, tmp_path / "whole", epochs=4, **optimisation)
     parts = make_config(data, tmp_path / "parts", epochs=4, **optimisation)
     train(whole)
@@ -683,6 +695,76 @@ def test_what_accelerate_launch_asks_for_is_heard(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
     assert Rounding("auto", torch.device("cpu")).dtype == dtype
     assert Rounding("fp32", torch.device("cpu")).dtype == torch.float32
+
+
+def test_the_cnn_waits_until_it_is_its_turn(data: Path, tmp_path: Path) -> None:
+    config = make_config(data, tmp_path / "run", epochs=2, encoder_learning_rate=0.01, unfreeze_after=2)
+    train(config)
+    untrained = Encoder(config.encoder).body.state_dict()
+    saved = load_file(tmp_path / "run" / "last" / "model.safetensors")
+    assert all(torch.equal(saved[f"encoder.{name}"], untrained[name]) for name in untrained)
+    later = replace(make_config(data, tmp_path / "later", 3, encoder_learning_rate=0.01, unfreeze_after=2))
+    train(later)
+    saved = load_file(tmp_path / "later" / "last" / "model.safetensors")
+    assert all(not torch.equal(saved[f"encoder.{name}"], untrained[name]) for name in untrained)
+
+
+def test_the_best_model_has_the_averaged_weights(data: Path, tmp_path: Path) -> None:
+    config = make_config(data, tmp_path / "run", epochs=2, average="ema", ema_decay=0.9)
+    train(config)
+    best, last = (load_file(tmp_path / "run" / name / "model.safetensors") for name in ("best", "last"))
+    state = load_file(tmp_path / "run" / "last" / "training_state.safetensors")
+    for name in ("output.weight", "initial.bias"):
+        assert not torch.equal(best[f"decoder.{name}"], last[f"decoder.{name}"])
+        if json.loads((tmp_path / "run" / "last" / "training.json").read_text())["best_epoch"] == 2:
+            assert torch.equal(state[f"average.decoder.{name}"], best[f"decoder.{name}"])
+
+
+def test_steps_of_several_batches(data: Path, tmp_path: Path) -> None:
+    """Without dropout, two batches a step are one of twice the size."""
+    config = make_config(data, tmp_path / "one", epochs=1, batch_size=60)
+    config = replace(config, decoder=replace(config.decoder, dropout=0.0))
+    halves = replace(
+        config, output=tmp_path / "two", optimisation=replace(config.optimisation, batch_size=30, accumulate=2)
+    )
+    one, two = train(config), train(halves)
+    assert one.step == two.step == 1
+    assert one.epochs[0]["train_loss"] == pytest.approx(two.epochs[0]["train_loss"], rel=1e-5)
+    weights = [
+        load_file(tmp_path / name / "last" / "model.safetensors")["decoder.output.bias"] for name in ("one", "two")
+    ]
+    assert torch.allclose(*weights, atol=1e-4)
+
+
+def test_the_language_comes_first(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captions without photos are learned from, once, even if the run is stopped in its first epoch."""
+    (tmp_path / "captions.tsv").write_text("1\ta red circle\n2\ta red circle is above\n3\tunheard-of words\n")
+    config = make_config(data, tmp_path / "run", 1, language_captions=tmp_path / "captions.tsv", language_epochs=60)
+    with monkeypatch.context() as patch:
+        stop_in_epoch(patch, 1)
+        with pytest.raises(StoppedError):
+            train(config)
+    learned = load_file(tmp_path / "run" / "language.safetensors")
+    assert not learned["initial.weight"].any()  # all photos look the same
+    monkeypatch.setattr(trainer, "learn_language", lambda *_: pytest.fail("learns it again"))
+    train(config)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "captions.txt: captions without photos cannot be read"),
+        (b"\xff\xfe", "cannot be read"),
+        (b"\x1f\x8b broken", "cannot be read"),
+        (b"\n \n", "holds no caption; expected text in UTF-8, a caption a line"),
+        (b"nothing known here", "every caption has words that those of the photos lack"),
+    ],
+)
+def test_captions_without_photos_that_are_none(data: Path, tmp_path: Path, content: bytes | None, said: str) -> None:
+    if content is not None:
+        (tmp_path / "captions.txt").write_bytes(content)
+    with pytest.raises(CaptionerError, match=said):
+        train(make_config(data, tmp_path / "run", 1, language_captions=tmp_path / "captions.txt"))
 
 
 def test_the_learning_rate_rises_and_falls(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
