@@ -27,6 +27,7 @@ LAYERS = [
     {"model"},
     {"bulk"},
     {"evaluation"},
+    {"report"},
     {"training", "export"},
     {"cli"},
 ]

@@ -41,6 +41,7 @@ class Inputs:
     encoder: Encoder
     train: SplitInputs
     val: SplitInputs
+    problems: tuple[str, ...] = ()  # faults of the captions, and photos that cannot be read; a line each
 
 
 def load_inputs(config: TrainingConfig, accelerator: Accelerator, state: Mapping[str, Tensor] | None = None) -> Inputs:
@@ -91,4 +92,5 @@ def load_inputs(config: TrainingConfig, accelerator: Accelerator, state: Mapping
             )
         return SplitInputs(kept, source, np.array([row_of[example.image_id] for example in kept], np.int64))
 
-    return Inputs(captions.name, encoder, inputs("train"), inputs("val"))
+    problems = (*(captions.problems.report().splitlines() if captions.problems else ()), *map(str, failures.values()))
+    return Inputs(captions.name, encoder, inputs("train"), inputs("val"), problems)
