@@ -18,6 +18,7 @@ from captioner.errors import CaptionerError, missing_extra
 COMMANDS = {
     "caption": "write a sentence about each photo",
     "train": "train a model on photos and their captions",
+    "report": "show a training run, or compare two, as one HTML page",
     "evaluate": "score a model, or files of results, against human captions",
     "search": "find photos by the words of their captions",
     "export": "make a trained model small and fast, and free of torch",

@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,24 +88,20 @@ class Run:
         options, done = self.settings.optimisation, len(self.epochs)
         return done >= options.epochs or done - self.best_epoch >= options.patience
 
-    @cached_property
-    def written(self) -> dict[int, dict[ImageId, Written]]:
-        """The validation captions of each finished epoch that has them.
+    def captions(self, epoch: int) -> dict[ImageId, Written]:
+        """The validation captions of an epoch; none where they were not kept.
 
         Raises:
-            CaptionerError: a file is damaged.
+            CaptionerError: the file is damaged.
         """
-        found = {}
-        for epoch in range(1, len(self.epochs) + 1):
-            path = captions_file(self.folder, epoch)
-            try:
-                found[epoch] = {
-                    row["image_id"]: Written(str(row["caption"]), _number(row["logprob"]), bool(row["finished"]))
-                    for row in _json(path, [])
-                }
-            except (KeyError, TypeError, ValueError) as error:
-                raise _damaged(path, error) from None
-        return {epoch: captions for epoch, captions in found.items() if captions}
+        path = captions_file(self.folder, epoch)
+        try:
+            return {
+                row["image_id"]: Written(str(row["caption"]), _number(row["logprob"]), bool(row["finished"]))
+                for row in _json(path, [])
+            }
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged(path, error) from None
 
     def changed(self) -> dict[str, tuple[Any, Any]]:
         """Settings that are not the default: the value and the default of each, by dotted name."""

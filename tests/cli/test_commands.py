@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "commands.md"
 
 #: What `--help` is asked of, on the page in this order.
-HELPED = [("caption",), ("train",), ("train", "coco"), ("evaluate",), ("search",), ("export",)]
+HELPED = [("caption",), ("train",), ("train", "coco"), ("report",), ("evaluate",), ("search",), ("export",)]
 
 
 def help_of(*command: str) -> str:
@@ -152,7 +152,7 @@ def test_arguments_that_cannot_be_parsed(arguments: Sequence[str], capsys: pytes
 
 def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["describe"]) == 2
-    line = "captioner: 'describe' is no command; expected one of caption, train, evaluate, search, export\n"
+    line = "captioner: 'describe' is no command; expected one of caption, train, report, evaluate, search, export\n"
     assert capsys.readouterr().err == line
 
 
