@@ -123,8 +123,8 @@ def _captions(run: Run, captions: Collection[Written]) -> Iterator[Alarm]:
         yield Alarm(
             "Captions collapse to a few",
             f"{len(captions):,} photos have {len(texts):,} different captions, {times:,} of them “{commonest}”. That "
-            "is usual in the first epochs; later, raise or lower --optimisation.learning-rate tenfold, and see that "
-            "the captions belong to the photos.",
+            "is usual in the first epochs; later, the model does not look at the photo: see that the captions belong "
+            "to the photos, and try another --optimisation.learning-rate.",
         )
     ended = [caption for caption in captions if caption.finished]
     broken = [caption.text for caption in ended if _is_open(caption.text)]

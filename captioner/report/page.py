@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -39,7 +40,7 @@ class Chart(NamedTuple):
 
     title: str
     svg: str  # its texts are escaped
-    legend: Sequence[tuple[str, int]]  # name and colour of each line; empty where there is one
+    legend: Sequence[Line]  # empty where there is one line
     note: str
 
 
@@ -127,7 +128,7 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         finalize=lambda value: value if hasattr(value, "__html__") else printable(value),
     )
-    environment.filters |= {"number": number, "setting": _setting, "score": "{:.4f}".format}
+    environment.filters.update(number=number, setting=_setting, score="{:.4f}".format, options=_options, dotted=_dotted)
     return environment.get_template(template).render(**values)
 
 
@@ -167,8 +168,7 @@ def charts(runs: Sequence[tuple[str, Run]]) -> list[Chart]:
 
     def made(title: str, drawn: Sequence[Line], note: str = "", **options: Any) -> Chart:
         shown = [line for line in drawn if line.points]
-        legend = [(line.name, line.colour) for line in shown] if len(shown) > 1 else []
-        return Chart(title, chart(shown, **options), legend, note)
+        return Chart(title, chart(shown, **options), shown if len(shown) > 1 else [], note)
 
     first = runs[0][1].settings.optimisation
     loss = "Loss, nats a word" if first.objective == "likelihood" else "Loss: minus CIDEr-D; nats in validation"
@@ -333,8 +333,22 @@ def ranking(run: Run, captions: dict[ImageId, Written]) -> list[tuple[ImageId, f
     return [(image_id, float(cider)) for cider, _, image_id in ranked]
 
 
+def _options(text: str) -> str:
+    """A text as HTML in which options of commands stand out, and are not broken into lines."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"--[a-z][\w.-]*\w", r"<code>\g<0></code>", str(escape(printable(text)))))
+
+
+def _dotted(name: str) -> str:
+    """A setting's name as HTML that may be broken into lines between its words."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"([._])", r"\1<wbr>", str(escape(name))))
+
+
 def _setting(value: Any) -> str:
     """A setting as it is typed."""
-    if value is None:
+    if value is None or value == []:
         return "none"
     return "yes" if value is True else "no" if value is False else str(value) or "“”"

@@ -10,12 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from captioner import files
+from captioner import files, images
+from captioner.errors import CaptionerError, ImageError
 
 if TYPE_CHECKING:
     import wandb
 
 log = logging.getLogger(__name__)
+
+_THUMBNAIL = 224  # height and width of photos, in pixels
+_EXTREMES = 8  # best photos, and as many of the worst
 
 
 class Tracker:
@@ -31,6 +35,7 @@ class Tracker:
         """
         self._run, self._file = run, reported
         self._reported: dict[str, int] = {}
+        self._alarms: set[str] = set()  # titles of those that were raised
         with contextlib.suppress(OSError, ValueError):  # there is none yet, or it is damaged
             if reported is not None:
                 self._reported = {str(group): int(step) for group, step in json.loads(reported.read_text()).items()}
@@ -107,7 +112,45 @@ class Tracker:
             columns: names; the values of the one called "photo" are pixels, `(height, width, 3)`, 0 to 255.
             rows: a list of values each.
         """
-        if self._run is None or not self._is_new("samples", step):
+        self._table("samples", step, columns, rows)
+
+    def judge(self, step: int, folder: Path) -> None:
+        """Report the alarms of a run, each once, and the best and worst photos of its last epoch.
+
+        Args:
+            step: of the optimiser.
+            folder: of the run, with the records and the checkpoint of the epoch.
+        """
+        if self._run is None or step <= self._reported.get("best", -1):
+            return
+        from captioner.report.alarms import alarms
+        from captioner.report.page import ranking
+        from captioner.report.run import read
+
+        try:
+            run = read(folder)
+            captions = run.captions(len(run.epochs))
+            ranked, found = ranking(run, captions), alarms(run)
+        except CaptionerError as error:
+            log.warning("Weights & Biases: no alarms of this epoch (%s)", error)
+            return
+        for alarm in found:
+            if alarm.title not in self._alarms:
+                self._alarms.add(alarm.title)
+                self._run.alert(alarm.title, alarm.text)
+        columns = ("photo", "caption", "CIDEr", "human captions")
+        for name, chosen in (("best", ranked[:_EXTREMES]), ("worst", ranked[::-1][:_EXTREMES])):
+            rows = []
+            for image_id, cider in chosen:
+                photo = run.photos[image_id]
+                with contextlib.suppress(ImageError):  # the photo has gone meanwhile: the table does without it
+                    pixels = images.load(photo.path, _THUMBNAIL).transpose(1, 2, 0)
+                    rows.append((pixels, captions[image_id].text, cider, "\n".join(photo.captions)))
+            self._table(name, step, columns, rows)
+
+    def _table(self, name: str, step: int, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Report a table with photos, unless that step of it was reported before; see `samples`."""
+        if self._run is None or not self._is_new(name, step):
             return
         import wandb
 
@@ -115,7 +158,7 @@ class Tracker:
         table = wandb.Table(columns=list(columns))
         for row in rows:
             table.add_data(*row[:photo], wandb.Image(row[photo]), *row[photo + 1 :])
-        self._run.log({"samples": table, "step": step})
+        self._run.log({name: table, "step": step})
 
     def _is_new(self, group: str, step: int) -> bool:
         """Whether this step of a group has not been reported; from now on, it has."""
