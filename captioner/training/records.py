@@ -92,6 +92,8 @@ class Records:
             number = path.name.removesuffix(".json")
             if not number.isdecimal() or int(number) > epoch:  # of an epoch that comes again, or half written
                 path.unlink()
+        for path in self.output.glob(f".{STEPS}.*"):  # half written
+            path.unlink()
         kept = {record.step: record for record in read_steps(self.output / STEPS) if record.step <= step}
         files.write(self.output / STEPS, "".join(map(_line, kept.values())))
         rows = [

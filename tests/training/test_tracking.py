@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import wandb
 from helpers import data, isolated, make_config, make_photo  # noqa: F401
+from report.made import make_run
 from wandb.proto import wandb_internal_pb2
 
 from captioner.training.tracking import Tracker
@@ -124,8 +126,10 @@ def test_without_a_key_a_run_is_kept_and_tells_everything(
     assert run.summary["best_epoch"] == history.best_epoch
     assert run.summary["best_cider"] == history.best_cider
 
-    assert len(run.tables) == 3
-    files = run.tables[history.best_epoch - 1]
+    assert [next(path for path in table if path.endswith(".table.json")) for table in run.tables] == [
+        f"{name}.table.json" for _ in range(3) for name in ("samples", "best", "worst")
+    ]
+    files = run.tables[3 * (history.best_epoch - 1)]
     best = json.loads(files["samples.table.json"].read_text(encoding="utf-8"))
     results = json.loads((tmp_path / "run" / "captions_val.json").read_text())
     assert best["columns"] == ["photo", "caption", "log-probability", "human captions"]
@@ -135,6 +139,31 @@ def test_without_a_key_a_run_is_kept_and_tells_everything(
         assert caption
         assert logprob < 0
         assert len(human.split("\n")) == 5
+
+
+def test_alarms_are_raised_once_and_the_best_photos_are_shown(tmp_path: Path) -> None:
+    """From the records of a run that writes one sentence about all photos but one."""
+    folder = make_run(tmp_path / "run", caption=lambda photo, epoch: "a red dog runs" if photo else "a red cat sits")
+    run = mock.Mock(settings=wandb.Settings())
+    tracker = Tracker(run)
+    for step in (750, 1000):
+        tracker.judge(step, folder)
+    tracker.judge(1000, folder)  # computed again after a kill
+    (alert,) = run.alert.call_args_list
+    assert alert.args[0] == "Captions collapse to a few"
+    assert "40 photos have 2 different captions" in alert.args[1]
+    logged = [call.args[0] for call in run.log.call_args_list]
+    assert [(*row,) for row in logged] == [("best", "step"), ("worst", "step")] * 2
+    (_, best, cider, people), *_ = logged[0]["best"].data
+    assert best == "a red dog runs"
+    assert cider > 1
+    assert people.startswith("a red ")
+    assert people.count("\n") == 1
+    assert len(logged[1]["worst"].data) == 8
+
+    (folder / "validation.json").write_text("damaged")
+    tracker.judge(1250, folder)
+    assert run.log.call_count == 4
 
 
 def test_a_run_that_goes_on_keeps_its_id(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

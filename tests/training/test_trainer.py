@@ -107,6 +107,7 @@ def test_a_run_leaves_what_others_need(finished: tuple[TrainingConfig, History])
     run = config.output
     assert {path.name for path in run.iterdir() if not path.name.startswith(".")} == {
         "best", "last", "config.json", "captions_val.json",
+        "captions", "environment.json", "steps.jsonl", "validation.json",
     }  # fmt: skip
     settings = json.loads((run / "config.json").read_text())
     assert settings["optimisation"]["epochs"] == 8
