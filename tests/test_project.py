@@ -1,6 +1,7 @@
 """The project as a whole: which module may know which, what needs torch, and what is public."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -225,6 +226,15 @@ def test_libraries_are_imported_where_they_are_used(module, absent):
     )
     assert done.stdout.split() == []
     assert done.stderr == ""
+
+
+def test_files_that_are_no_code_are_in_the_package():
+    """Models and templates: what pyproject.toml does not name is not installed."""
+    text = (ROOT / "pyproject.toml").read_text("utf-8")
+    (listed,) = re.findall(r"package-data\]\ncaptioner = \[(.*?)\]", text, re.DOTALL)
+    named = {path for pattern in re.findall(r'"(.*?)"', listed) for path in PACKAGE.glob(pattern) if path.is_file()}
+    there = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert named == there
 
 
 @pytest.mark.parametrize("path", ["train.py", "caption.py"])
