@@ -15,7 +15,7 @@ from typing import NamedTuple
 from captioner.report.run import Run, Step, Written
 
 _FEW_PHOTOS = 20  # with fewer validation photos, captions tell little
-_FEW_STEPS = 20  # with fewer logged steps, their course tells little
+_FEW_STEPS = 10  # with fewer logged steps, their course tells little
 _RISING = 3  # epochs in which the validation loss rises one after another
 _LEARNING_RATES = (1e-6, 1e-2)  # below and above are extremes, for Adam
 _PRETRAINED_LEARNING_RATE = 1e-3  # above, a CNN forgets what it was pretrained for

@@ -33,6 +33,14 @@ def test_settings_of_the_presets_are_no_extremes(tmp_path: Path, preset: str) ->
     [
         ({"loss": lambda step: math.nan if step > 500 else 3.0}, "The loss is not a number"),
         ({"loss": lambda step: falling(step) + max(0, step - 600) / 50}, "The training loss diverges"),
+        (  # in the first epoch of a small run
+            {
+                "loss": lambda step: 6.5 if step < 100 else step / 12,
+                "epochs": 1,
+                "caption": lambda photo, epoch: good_caption(photo, 2),
+            },
+            "The training loss diverges",
+        ),
         ({"norm": lambda step: math.inf if step == 900 else 1.0}, "The gradient is not finite"),
         ({"norm": lambda step: 1.0 if step < 900 else 40.0}, "The gradient explodes"),
         ({"norm": lambda step: 500.0 if step == 600 else 1.0}, "The gradient explodes"),
