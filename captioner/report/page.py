@@ -245,7 +245,8 @@ def _captions_a_second(run: Run) -> float | None:
     pairs = zip(run.steps, run.steps[1:], strict=False)
     rates = [(b.step - a.step) / (b.seconds - a.seconds) for a, b in pairs if b.seconds > a.seconds]
     processes = int(run.starts[-1].get("processes", 1)) if run.starts else 1
-    return median(rates) * run.settings.optimisation.batch_size * processes if rates else None
+    options = run.settings.optimisation
+    return median(rates) * options.batch_size * options.accumulate * processes if rates else None
 
 
 def _duration(seconds: float) -> str:
