@@ -48,6 +48,7 @@ from captioner.training.language import learn_language, read_captions
 from captioner.training.loading import Loader
 from captioner.training.network import Network, statistics_kept
 from captioner.training.optimisation import Average, clip, optimiser_of, warmed
+from captioner.training.records import Records, environment
 from captioner.training.reward import Reward
 from captioner.training.rounding import Rounding
 from captioner.training.run import History
@@ -71,7 +72,7 @@ def train(config: TrainingConfig) -> History:
     """Train a model, or go on with a run that was stopped.
 
     Writes to `config.output`: `best/` and `last/` (models; `last` also holds what is needed to go on), `config.json`,
-    `captions_val.json` (COCO's result format, of the best epoch) and `wandb/`.
+    `captions_val.json` (COCO's result format, of the best epoch), the files of `records` and `wandb/`.
 
     Args:
         config: all settings.
@@ -149,10 +150,12 @@ class Trainer:
         self.history = History(processes=accelerator.num_processes)
         self._total = torch.zeros((), device=device, dtype=torch.float64)  # sum of losses of the epoch's words
         self._words = 0  # their number
-        self._said: tuple[int, float, Tensor, torch.cuda.Event | None] | None = None  # step, rate, loss and norm
+        # Step, seconds, rate, loss and norm of the step that was noted last.
+        self._said: tuple[int, float, float, Tensor, torch.cuda.Event | None] | None = None
         self._shown: float | None = None  # the loss that was reported last
         self._wrapped: tuple[bool, torch.nn.Module] | None = None
         self._signals = Signals()
+        self._records = Records(config.output, write=accelerator.is_main_process)
         batches = self.train.batches(options.batch_size, accelerator.num_processes)
         self.steps_an_epoch = -(-batches // options.accumulate)
 
@@ -171,6 +174,10 @@ class Trainer:
         tracker = Tracker(None)
         if config.tracking == "wandb" and self.accelerator.is_main_process:
             tracker = Tracker.start(config.output, config.project, run.as_json(config), history.run_id)
+        self._records.begin(
+            step=history.step, epoch=history.epoch, train=self.data.train.examples, val=self.data.val.examples,
+            problems=self.data.problems, environment=environment(self.accelerator.device, history.processes),
+        )  # fmt: skip
         try:
             history.run_id = tracker.run_id or history.run_id
             with self._signals:
@@ -210,6 +217,7 @@ class Trainer:
                 better = self._better(scores)
                 if better:
                     history.best_cider, history.best_epoch = scores["cider"], history.epoch
+                self._records.epoch(history.epoch, self.data.val.examples, captions)
                 if main and better:
                     self._save_best(captions)
             if main:
@@ -272,7 +280,10 @@ class Trainer:
                 note = "" if self._shown is None else f"loss {self._shown:.3f}"
                 captions = sum(len(batch.tokens) for batch in together)
                 progress.advance(captions * accelerator.num_processes, note)
-                if time.monotonic() - self._saved >= 60 * self.config.checkpoint_minutes:
+                due = time.monotonic() - self._saved >= 60 * self.config.checkpoint_minutes
+                if due or self._signals.noted is not None:
+                    self._tell(tracker)  # a run that goes on from here does not compute that step again
+                if due:
                     self._save_last()
                 if accelerator.num_processes == 1 or history.step % _LOG_EVERY == 0:
                     self._stop_if_asked()
@@ -344,17 +355,20 @@ class Trainer:
         if self.accelerator.device.type == "cuda":
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
-        self._said = (self.history.step, rate, numbers, event)
+        self._said = (self.history.step, time.monotonic() - self._began, rate, numbers, event)
 
     def _tell(self, tracker: Tracker) -> None:
         """Report the step that was noted last."""
         if self._said is None:
             return
-        step, rate, numbers, event = self._said
+        step, seconds, rate, numbers, event = self._said
         self._said = None
         if event is not None:
             event.synchronize()
         loss, norm = numbers.tolist()
+        self._records.step(
+            step, epoch=step / self.steps_an_epoch, loss=loss, gradient_norm=norm, learning_rate=rate, seconds=seconds
+        )
         self._shown = self._finite(loss, step)
         tracker.log(
             step,
@@ -431,6 +445,7 @@ class Trainer:
                 pixels = images.load(example.path, _THUMBNAIL).transpose(1, 2, 0)
                 rows.append((pixels, caption.text, caption.logprob, "\n".join(example.captions)))
         tracker.samples(history.step, ("photo", "caption", "log-probability", "human captions"), rows)
+        tracker.judge(history.step, self.config.output)
 
     def _save_best(self, captions: Sequence[Caption]) -> None:
         """Save the model of an epoch that is better than all before, with its captions."""
