@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import operator
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,13 +25,16 @@ from captioner.errors import CaptionerError, ImageError
 #: Photos that are looked up at once.
 _BLOCK = 512
 
+#: By these, a photo is told to be as it was.
+_COMPARED = operator.attrgetter("id", "image", "size", "modified")
+
 #: The number of this application in the header of the file ("cptn"), by which it is known.
 _APPLICATION = 0x6370746E
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS photos (
-    number INTEGER PRIMARY KEY,
+    number INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used again, so that the index tells old captions from new ones
     id TEXT NOT NULL UNIQUE,    -- absolute path
     image TEXT NOT NULL,        -- path as found
     size INTEGER NOT NULL,      -- bytes, or -1
@@ -177,7 +181,7 @@ class Journal:
         """
         place = 0
         with ThreadPoolExecutor() if by_content else _no_pool() as pool:
-            for block in _ahead(blocks(iter(items), lambda rest: itertools.islice(rest, _BLOCK))):
+            for block in blocks(iter(items), lambda rest: itertools.islice(rest, _BLOCK)):
                 if not by_content and self._unchanged(place, block):
                     self.counts.known += len(block)
                     self.counts.found = place = place + len(block)
@@ -208,20 +212,11 @@ class Journal:
         if not self._aligned:
             return False
         rows = self._execute(
-            "SELECT id, NULLIF(image, id), size, modified, captions IS NOT NULL FROM places JOIN photos USING (number) "
-            "WHERE place >= ? AND place < ? ORDER BY place",
+            "SELECT id, image, size, modified FROM places JOIN photos USING (number) "
+            "WHERE place >= ? AND place < ? AND captions IS NOT NULL ORDER BY place",
             [place, place + len(block)],
         )
-        return rows == [
-            (
-                item.id if item.id.isascii() else _text(item.id),
-                None if item.image == item.id else _text(item.image),
-                item.size,
-                item.modified,
-                1,
-            )
-            for item in block
-        ]
+        return rows == list(map(_COMPARED, block))
 
     def _along(self, place: int, block: Sequence[Item]) -> dict[str, _Known]:
         """The records of a block of photos, by id."""
@@ -294,15 +289,16 @@ class Journal:
                 else:
                     kept = [[c.text, round(c.logprob, 4), round(c.score, 4), c.satisfied] for c in outcome]
                     captions = json.dumps(kept, ensure_ascii=False, separators=(",", ":"))
-                (number,) = base.execute(
-                    "INSERT INTO photos VALUES (NULL, ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9) ON CONFLICT (id) DO UPDATE "
-                    "SET image=?2, size=?3, modified=?4, sha256=?5, captions=?6, kind=?7, reason=?8, done=?9 "
-                    "RETURNING number",
+                before = base.execute("DELETE FROM photos WHERE id=? RETURNING number", [_text(item.id)]).fetchone()
+                number = base.execute(
+                    "INSERT INTO photos VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     [
                         _text(item.id), _text(item.image), item.size, item.modified, sha256, captions, kind, reason,
                         done,
                     ],
-                ).fetchone()  # fmt: skip
+                ).lastrowid  # fmt: skip
+                if before is not None:
+                    base.execute("UPDATE places SET number=? WHERE number=?", [number, *before])
                 base.execute("INSERT OR IGNORE INTO places VALUES (?, ?)", [place, number])
 
     def complete(self) -> None:
@@ -344,13 +340,12 @@ class Journal:
         (count,) = self._execute(f"SELECT COUNT(*) FROM {where}")[0]
         return int(count)
 
-    def index(self, statements: Iterable[str]) -> None:
-        """Make an index by statements in one transaction, unless it is up to date."""
+    def index(self, update: Callable[[sqlite3.Connection], None]) -> None:
+        """Bring an index up to date in one transaction, unless it is."""
         if self._execute("SELECT 1 FROM settings WHERE name='indexed'"):
             return
         with self._transaction() as base:
-            for statement in statements:
-                base.execute(statement)
+            update(base)
             base.execute("INSERT INTO settings VALUES ('indexed', 'true')")
 
     def _in_order(self, columns: str, present: str) -> Iterator[Sequence[Any]]:
@@ -396,15 +391,6 @@ class _Known:
     sha256: str | None
     captioned: int
     aligned: bool = field(kw_only=True)  # in its place already
-
-
-def _ahead(found: Iterator[list[Item]]) -> Iterator[list[Item]]:
-    """Take the next list from the source, which waits for the file system, while this one is looked up."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        following = pool.submit(next, found, None)
-        while (block := following.result()) is not None:
-            following = pool.submit(next, found, None)
-            yield block
 
 
 @contextmanager

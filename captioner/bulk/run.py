@@ -95,7 +95,9 @@ def run(job: Job, model: Model | Callable[[], Model], provenance: Provenance) ->
         Journal(job.journal_path(), provenance.as_json(), overwrite=job.overwrite) as journal,
         _signals() as received,
     ):
-        items = _wanted(job, provenance, report)
+        items = sources.find(job)
+        if job.skip_existing:
+            items = _without_sidecar(items, _rules(job, provenance), report)
         todo = journal.todo(items, retry_failed=job.retry_failed, by_content=job.by_content)
         seconds = Seconds()
         write_began = 0.0
@@ -158,11 +160,10 @@ def _rules(job: Job, provenance: Provenance) -> sidecars.Rules:
     return sidecars.Rules(format_, job.sidecar_names, job.overwrite, job.skip_existing, provenance.name)
 
 
-def _wanted(job: Job, provenance: Provenance, report: Report) -> Iterator[sources.Item]:
-    """The photos of a job, without those that have a sidecar already if these are to be skipped."""
-    rules = _rules(job, provenance) if job.skip_existing else None
-    for item in sources.find(job):
-        if rules is not None and item.error is None and sidecars.exists(item.image, rules):
+def _without_sidecar(items: Iterator[sources.Item], rules: sidecars.Rules, report: Report) -> Iterator[sources.Item]:
+    """The photos that have no sidecar yet; the others are counted."""
+    for item in items:
+        if item.error is None and sidecars.exists(item.image, rules):
             report.skipped += 1
         else:
             yield item
@@ -292,17 +293,23 @@ def _signals() -> Iterator[list[int]]:
 
 @contextmanager
 def _progress(job: Job) -> Iterator[Callable[[int, int], None]]:
-    """A bar, or lines; how many photos there are is counted meanwhile."""
-    total = [0]
+    """A bar, or lines; how many photos there are is counted meanwhile, from when the first is captioned."""
+    total = 0
 
     def count() -> None:
+        nonlocal total
         with suppress(CaptionerError):  # the run itself says it
-            total[0] = sources.count(job)
+            total = sources.count(job)
 
-    if not job.quiet:
-        threading.Thread(target=count, daemon=True).start()
+    counting = threading.Thread(target=count, daemon=True)
     with Progress("captioning", 0, "photos", shown=not job.quiet) as bar:
-        yield lambda done, failed: bar.set(done, max(total[0], done), f"{failed:,} failed" if failed else "")
+
+        def show(done: int, failed: int) -> None:
+            if counting.ident is None and not job.quiet:
+                counting.start()
+            bar.set(done, max(total, done), f"{failed:,} failed" if failed else "")
+
+        yield show
 
 
 def summary(report: Report) -> str:
