@@ -39,6 +39,7 @@ class Options:
     exclude: tuple[str, ...] = ()  # of folders, no photos whose name or path in the folder matches one of these globs
     journal: Path | None = None  # notes what was done; by default OUTPUT.journal, or .captioner.journal in the folder
     details: bool = False  # write log-probabilities, model, options, and size, hash and time of each photo too
+    captions_only: bool = False  # leave the photos themselves out of a WebDataset that is written
     by_content: bool = False  # tell changed photos by their content rather than by size and time; finds renamed ones
     overwrite: bool = False  # begin anew, and replace captions that are there
     skip_existing: bool = False  # leave photos alone that have a sidecar already

@@ -19,11 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from captioner.bulk.sources import Item, blocks
+from captioner.bulk.sources import Item, blocks, some
 from captioner.errors import CaptionerError, ImageError
 
 #: Photos that are looked up at once.
 _BLOCK = 512
+
+#: Bytes of photos in memory that are looked up at once.
+_BLOCK_BYTES = 32 << 20
 
 #: By these, a photo is told to be as it was.
 _COMPARED = operator.attrgetter("id", "image", "size", "modified")
@@ -76,6 +79,7 @@ class Row:
     done: str = ""  # time, UTC
     kind: str = ""  # class of the failure
     reason: str = ""  # the failure in one line
+    id: str = ""  # absolute path
 
 
 class Todo(NamedTuple):
@@ -181,7 +185,7 @@ class Journal:
         """
         place = 0
         with ThreadPoolExecutor() if by_content else _no_pool() as pool:
-            for block in blocks(iter(items), lambda rest: itertools.islice(rest, _BLOCK)):
+            for block in blocks(iter(items), lambda rest: some(rest, _BLOCK, _BLOCK_BYTES)):
                 if not by_content and self._unchanged(place, block):
                     self.counts.known += len(block)
                     self.counts.found = place = place + len(block)
@@ -316,22 +320,24 @@ class Journal:
 
     def rows(self) -> Iterator[Row]:
         """Photos that have captions, in the order of the source."""
-        for image, captions, size, sha256, done in self._in_order("image, captions, size, sha256, done", "captions"):
-            yield Row(name_of(image), tuple(itertools.starmap(Found, json.loads(captions))), size, sha256, done)
+        columns = "image, captions, size, sha256, done, id"
+        for image, captions, size, sha256, done, id_ in self._in_order(columns, "captions"):
+            found = tuple(itertools.starmap(Found, json.loads(captions)))
+            yield Row(name_of(image), found, size, sha256, done, id=name_of(id_))
 
     def failures(self) -> Iterator[Row]:
-        """Photos that failed, and those whose sidecar could not be written, in the order of the source."""
+        """Photos that failed, and those that could not be written with their captions, in the order of the source."""
         for image, kind, reason, size, done in self._in_order("image, kind, reason, size, done", "kind"):
             yield Row(name_of(image), size=size, kind=kind, reason=name_of(reason), done=done)
 
-    def refused(self, failures: Iterable[tuple[str, ImageError]]) -> int:
-        """Note the photos whose captions could not be written beside them; the captions are kept. Returns how many."""
+    def refused(self, failures: Iterable[tuple[Row, ImageError]]) -> int:
+        """Note the photos whose captions could not be written with them; the captions are kept. Returns how many."""
         self._execute("UPDATE photos SET kind=NULL, reason=NULL WHERE captions IS NOT NULL AND kind IS NOT NULL")
         count = 0
-        for image, error in failures:
+        for row, error in failures:
             count += 1
-            values = [error.kind, _text(str(error)), _text(image)]
-            self._execute("UPDATE photos SET kind=?, reason=? WHERE image=?", values)
+            values = [error.kind, _text(str(error)), _text(row.id)]
+            self._execute("UPDATE photos SET kind=?, reason=? WHERE id=?", values)
         return count
 
     def count(self) -> int:

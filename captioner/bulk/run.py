@@ -132,8 +132,12 @@ def check(job: Job) -> None:
         sources.check(path, job)
     if not job.photos and job.list is None:
         raise CaptionerError("there is nothing to caption; give photos, folders, shards, or --list FILE")
-    if format_ in SIDECARS and any(path.lower().endswith((".tar", ".parquet")) for path in job.photos):
+    if format_ in SIDECARS and not all(map(sources.in_folder, job.photos)):
         raise CaptionerError("sidecars lie beside photos, and photos in a shard have no place; give --output FILE")
+    shards = _shards(job)
+    if format_ == "webdataset" and len(set(shards)) < len(shards):
+        twice = next(name for name in shards if shards.count(name) > 1)
+        raise CaptionerError(f"{twice}: is the name of two shards, and would be of both in the output; rename one")
     journal = job.journal_path()
     if job.output is None:
         return
@@ -145,6 +149,12 @@ def check(job: Job) -> None:
         )
     if any(_same(job.output, Path(path)) for path in job.photos):
         raise CaptionerError(f"{job.output}: is one of the photos; give another --output")
+
+
+def _shards(job: Job) -> list[str]:
+    """The names of a job's shards, without their endings."""
+    names = [path.rsplit("/", 1)[-1] for path in job.photos if not sources.in_folder(path)]
+    return [name[: ending.start()] for name in names if (ending := sources.SHARD.search(name))]
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -261,7 +271,13 @@ def _write(job: Job, provenance: Provenance, journal: Journal, report: Report) -
         assert job.output is not None
         options = provenance.options
         style = writers.Style(job.details, options.num_captions > 1, bool(options.required_words), provenance.as_json())
-        writers.write(format_, journal.rows(), job.output, style)
+        if format_ == "webdataset":
+            read = None if job.captions_only else sources.reader(job)
+            several = len(_shards(job)) > 1
+            left_out = writers.webdataset(journal.rows(), job.output, style, read, several=several)
+            report.failed += journal.refused(left_out)
+        else:
+            writers.write(format_, journal.rows(), job.output, style)
     journal_path = job.journal_path()
     name = (job.output or journal_path).name + ".failures.jsonl"
     report.failures = journal_path.with_name(name)

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import sqlite3
+import tarfile
 import time
 import traceback
 from pathlib import Path
@@ -21,6 +22,7 @@ FORMATS = {
     "parquet": "out.parquet",
     "coco": "out.json",
     "webdataset": "out.tar",
+    "webdataset of shards": "out.tar",
     "sqlite": "out.db",
     "txt": None,
     "xmp": None,
@@ -37,6 +39,16 @@ def album(tmp_path_factory):
         if number in (0, 17, 29):
             path.write_bytes(b"no photo")
     return folder
+
+
+def packed(album, folder):
+    """The same photos in shards, one of which is compressed."""
+    paths = sorted(album.rglob("*.bmp"))
+    for name, mode, some in (("0.tar.gz", "w:gz", paths[:20]), ("1.tar", "w", paths[20:])):
+        with tarfile.open(folder / name, mode) as tar:
+            for path in some:
+                tar.add(path, path.name)
+    return str(folder / "0.tar.gz"), str(folder / "1.tar")
 
 
 def start(job):
@@ -67,6 +79,12 @@ def result(job, folder):
     return job.output.read_bytes()
 
 
+def contents(shard):
+    """The photos in a shard."""
+    with tarfile.open(shard) as tar:
+        return {tar.extractfile(member).read() for member in tar if member.name.endswith(".bmp")}
+
+
 def clean(job, folder, home):
     for path in [*folder.rglob("*.txt"), *folder.rglob("*.xmp"), *folder.glob(".captioner*"), *home.glob("out.*")]:
         path.unlink()
@@ -79,7 +97,8 @@ def test_killed_at_random_moments(album, tmp_path, monkeypatch, format_):
     monkeypatch.setattr(pipeline, "CHUNK", 3)
     monkeypatch.setattr(run, "_COMMIT_ROWS", 4)
     output = FORMATS[format_] and tmp_path / FORMATS[format_]
-    job = Job(photos=(str(album),), output=output, format=format_, quiet=True, workers=2)
+    photos = packed(album, tmp_path) if format_ == "webdataset of shards" else (str(album),)
+    job = Job(photos=photos, output=output, format=format_.partition(" ")[0], quiet=True, workers=2)
     clean(job, album, tmp_path)
     began = time.monotonic()
     assert os.waitstatus_to_exitcode(os.waitpid(start(job), 0)[1]) == 1
@@ -87,6 +106,8 @@ def test_killed_at_random_moments(album, tmp_path, monkeypatch, format_):
     expected = result(job, album)
     failures = next(path for place in (tmp_path, album) for path in place.glob("*.failures.jsonl")).read_bytes()
     assert failures.count(b"\n") == 3
+    if job.format == "webdataset":
+        assert contents(output) == {path.read_bytes() for path in album.rglob("*.bmp") if path.stat().st_size > 10}
     moments = random.Random(format_)
     resumed = 0
     for _ in range(int(os.environ.get("KILLS", KILLS))):
