@@ -68,7 +68,7 @@ class Options:
 class Job(Options):
     """Photos that are captioned in bulk, and where the captions go."""
 
-    photos: tuple[str, ...] = ()  # photos, folders of photos, WebDataset shards (.tar) and Parquet files with photos
+    photos: tuple[str, ...] = ()  # photos, folders of photos, WebDataset shards and Parquet files with photos
     output: Path | None = None  # file that is written when all photos are done; for sidecars, none
     format: Format | None = None  # of the output; by default as its ending says
 

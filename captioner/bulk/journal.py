@@ -161,8 +161,11 @@ class Journal:
         stored = dict(base.execute("SELECT name, value FROM settings"))
         base.execute("INSERT OR IGNORE INTO settings VALUES ('settings', ?)", [wanted])
         base.execute("COMMIT")
-        if (before := stored.get("settings", wanted)) != wanted:
-            raise CaptionerError(f"{self.path}: {_difference(json.loads(before), settings)}")
+        if difference := _difference(json.loads(stored.get("settings", wanted)), json.loads(wanted)):
+            raise CaptionerError(
+                f"{self.path}: was made with {difference}; give the same, or another --output, or begin anew with "
+                "--overwrite"
+            )
         return base
 
     def close(self) -> None:
@@ -433,14 +436,15 @@ def is_journal(base: sqlite3.Connection) -> bool:
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Name the settings in which two runs differ."""
+    """Name the settings in which two runs differ; a model may have another name."""
     if before.get("model") != now.get("model"):
-        kind = f"another model ({before.get('name')}, not {now.get('name')})"
-    else:
-        old, new = before.get("options", {}), now.get("options", {})
-        names = sorted(name for name in {**old, **new} if old.get(name) != new.get(name))
-        kind = "other options (" + ", ".join(f"{name} {old.get(name)}, not {new.get(name)}" for name in names) + ")"
-    return f"was made with {kind}; give the same, or another --output, or begin anew with --overwrite"
+        return f"another model ({before.get('name')}, not {now.get('name')})"
+    if before.get("engine") != now.get("engine"):
+        return f"another engine or precision ({before.get('engine')}, not {now.get('engine')})"
+    old, new = before.get("options", {}), now.get("options", {})
+    names = sorted(name for name in {**old, **new} if old.get(name) != new.get(name))
+    said = ", ".join(f"{name} {old.get(name)}, not {new.get(name)}" for name in names)
+    return f"other options ({said})" if said else ""
 
 
 def _text(name: str) -> str | bytes:

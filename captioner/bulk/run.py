@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from captioner import files
 from captioner.bulk import index, pipeline, sidecars, sources, writers
 from captioner.bulk.job import SIDECARS, Job
-from captioner.bulk.journal import Counts, Found, Journal, Result, Todo
+from captioner.bulk.journal import Counts, Found, Journal, Result, Row, Todo
 from captioner.bulk.pipeline import Model, Seconds
 from captioner.errors import CaptionerError, ImageError
 from captioner.machine import processors
@@ -41,15 +41,13 @@ class Provenance:
     name: str  # of the model, for people
     model: str  # a hash of its files
     options: DecodingOptions
-    engine: str = ""
+    engine: str = ""  # what computes, and how precisely; see `Captioner.engine_name`
 
     def as_json(self) -> dict[str, Any]:
         """For the journal, and for rows with details."""
-        options = {name: list(value) if isinstance(value, tuple) else value for name, value in self._options()}
+        options = dataclasses.asdict(self.options)
+        options = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
         return {"name": self.name, "model": self.model, "engine": self.engine, "options": options}
-
-    def _options(self) -> Iterator[tuple[str, Any]]:
-        yield from dataclasses.asdict(self.options).items()
 
 
 @dataclass
@@ -191,11 +189,10 @@ def _caption(
     report: Report,
 ) -> None:
     """Caption what is to be done, and commit it to the journal."""
-    results = _on_cluster if job.ray is not None else _here
     pending: list[Result] = []
     committed = time.monotonic()
     try:
-        for result in results(job, model, provenance, todo, seconds, lambda: bool(received)):
+        for result in _results(job, model, provenance, todo, seconds, lambda: bool(received)):
             pending.append(result)
             report.failed += isinstance(result[1], ImageError)
             report.captioned += not isinstance(result[1], ImageError)
@@ -207,7 +204,7 @@ def _caption(
         journal.record(pending)
 
 
-def _here(
+def _results(
     job: Job,
     model: Model | Callable[[], Model],
     provenance: Provenance,
@@ -215,45 +212,38 @@ def _here(
     seconds: Seconds,
     stopped: Callable[[], bool],
 ) -> Iterator[Result]:
+    """Caption on a cluster, or here."""
+    options, hashed = provenance.options, job.details or job.by_content
+    if job.ray is not None:
+        from captioner.bulk import cluster
+
+        assert callable(model), "a cluster loads the model itself"
+        yield from cluster.caption(
+            model,
+            todo,
+            options,
+            address=job.ray,
+            workers=job.workers,
+            timeout=job.timeout,
+            hashed=hashed,
+            now=_now,
+            stopped=stopped,
+        )
+        return
     wanted, ahead = itertools.tee(todo)
     results = pipeline.caption(
         model() if callable(model) else model,
         (each.item for each in wanted),
-        provenance.options,
+        options,
         workers=job.workers,
         timeout=job.timeout,
-        hashed=job.details or job.by_content,
+        hashed=hashed,
         seconds=seconds,
         stopped=stopped,
     )
     for (_, result), each in zip(results, ahead, strict=False):
         found = [Found(c.text, c.logprob, c.score, c.satisfied) for c in result.captions]
         yield each, result.error or found, result.sha256, _now()
-
-
-def _on_cluster(
-    job: Job,
-    model: Model | Callable[[], Model],
-    provenance: Provenance,
-    todo: Iterator[Todo],
-    seconds: Seconds,
-    stopped: Callable[[], bool],
-) -> Iterator[Result]:
-    from captioner.bulk import cluster
-
-    assert callable(model), "a cluster loads the model itself"
-    assert job.ray is not None
-    yield from cluster.caption(
-        model,
-        todo,
-        provenance.options,
-        address=job.ray,
-        workers=job.workers,
-        timeout=job.timeout,
-        hashed=job.details or job.by_content,
-        now=_now,
-        stopped=stopped,
-    )
 
 
 def _now() -> str:
@@ -264,7 +254,7 @@ def _write(job: Job, provenance: Provenance, journal: Journal, report: Report) -
     """Write the output from the journal, and the list of failures."""
     format_ = job.resolved_format()
     if format_ in SIDECARS:
-        report.failed += journal.refused(sidecars.write(journal.rows(), _rules(job, provenance)))
+        report.failed += journal.refused(sidecars.write(_rows(job, journal), _rules(job, provenance)))
     elif format_ == "sqlite":
         index.build(journal)
     else:
@@ -274,15 +264,25 @@ def _write(job: Job, provenance: Provenance, journal: Journal, report: Report) -
         if format_ == "webdataset":
             read = None if job.captions_only else sources.reader(job)
             several = len(_shards(job)) > 1
-            left_out = writers.webdataset(journal.rows(), job.output, style, read, several=several)
+            left_out = writers.webdataset(_rows(job, journal), job.output, style, read, several=several)
             report.failed += journal.refused(left_out)
         else:
-            writers.write(format_, journal.rows(), job.output, style)
+            writers.write(format_, _rows(job, journal), job.output, style)
     journal_path = job.journal_path()
     name = (job.output or journal_path).name + ".failures.jsonl"
     report.failures = journal_path.with_name(name)
     if not writers.write_failures(journal.failures(), report.failures):
         report.failures = None
+
+
+def _rows(job: Job, journal: Journal) -> Iterator[Row]:
+    """The photos that have captions; a bar shows how many are written."""
+    total = journal.count()
+    with Progress("writing", total, "photos", shown=not job.quiet) as bar:
+        for number, row in enumerate(journal.rows()):
+            if number % _COMMIT_ROWS == 0:
+                bar.set(number, total)
+            yield row
 
 
 @contextmanager
@@ -350,7 +350,8 @@ def summary(report: Report) -> str:
 def advice(report: Report) -> Iterator[str]:
     """How to go on, in a line each."""
     if report.interrupted:
-        yield f"stopped; {report.total:,} photos have captions; the same command goes on"
+        written = f", and writes {report.output} when all are done" if report.output is not None else ""
+        yield f"stopped; {report.total:,} photos have captions; the same command goes on{written}"
     elif report.output is not None:
         yield f"{report.output}: {report.total:,} photos"
     if report.failures is not None:

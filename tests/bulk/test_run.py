@@ -1,5 +1,6 @@
 """A bulk run from start to end: what it does again, what it leaves, what it says, and how it stops."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -168,7 +169,11 @@ def test_another_model_or_other_options_are_refused(album, output):
         caption_all(album, output, options=provenance(model="other"))
     with pytest.raises(CaptionerError, match=r"was made with other options \(beam_size 3, not 5\); give the same, or"):
         caption_all(album, output, options=provenance(beam_size=5))
+    precise = dataclasses.replace(provenance(), engine="torch, float32")
+    with pytest.raises(CaptionerError, match=r"was made with another engine or precision \(fake, not torch, float32\)"):
+        caption_all(album, output, options=precise)
     assert output.read_bytes() == before
+    assert caption_all(album, output, options=dataclasses.replace(provenance(), name="the same, elsewhere"))[1] == 0
     _, seen, _ = caption_all(album, output, options=provenance(beam_size=5), overwrite=True)
     assert seen == 12
 
@@ -224,7 +229,8 @@ def test_a_signal_finishes_the_photos_in_hand(album, output, monkeypatch, number
     assert 0 < report.captioned < 12
     assert report.total == report.captioned
     assert not output.exists()
-    assert next(run.advice(report)) == f"stopped; {report.captioned} photos have captions; the same command goes on"
+    said = f"stopped; {report.captioned} photos have captions; the same command goes on, and writes {output} when all"
+    assert next(run.advice(report)) == f"{said} are done"
     later, seen, written = caption_all(album, output)
     assert later.status == 0
     assert seen == 12 - report.captioned
@@ -338,8 +344,8 @@ def test_progress_counts_what_is_done(album, output, monkeypatch):
     shown = []
 
     class Bar:
-        def __init__(self, *arguments, **options):
-            pass
+        def __init__(self, title, *arguments, **options):
+            self.title = title
 
         def __enter__(self):
             return self
@@ -348,7 +354,7 @@ def test_progress_counts_what_is_done(album, output, monkeypatch):
             pass
 
         def set(self, done, total, note=""):
-            shown.append((done, total, note))
+            shown.append((self.title, done, total, note))
 
     monkeypatch.setattr(run, "Progress", Bar)
     monkeypatch.setattr(run, "_COMMIT_ROWS", 3)
@@ -356,6 +362,8 @@ def test_progress_counts_what_is_done(album, output, monkeypatch):
     job = Job(photos=(str(album),), output=output)
     time.sleep(0.01)
     run.run(job, Fake(delay=0.005), provenance())
-    assert [done for done, _, _ in shown] == [3, 6, 9, 12]
-    assert all(total >= done for done, total, _ in shown)
-    assert shown[-1][2] == "1 failed"
+    captioned = [done for title, done, _, _ in shown if title == "captioning"]
+    assert captioned == [3, 6, 9, 12]
+    assert [(done, total) for title, done, total, _ in shown if title == "writing"] == [(n, 11) for n in (0, 3, 6, 9)]
+    assert all(total >= done for _, done, total, _ in shown)
+    assert shown[len(captioned) - 1][-1] == "1 failed"
