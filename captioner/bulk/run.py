@@ -136,14 +136,17 @@ def check(job: Job) -> None:
     if format_ == "webdataset" and len(set(shards)) < len(shards):
         twice = next(name for name in shards if shards.count(name) > 1)
         raise CaptionerError(f"{twice}: is the name of two shards, and would be of both in the output; rename one")
+    if job.captions_only and format_ != "webdataset":
+        raise CaptionerError(f"--captions-only has no meaning for {format_}, which never holds photos; leave it out")
     journal = job.journal_path()
     if job.output is None:
         return
     if job.output.is_dir():
         raise CaptionerError(f"{job.output}: is a folder; give the name of a file")
-    if job.output.exists() and format_ != "sqlite" and not job.overwrite and not journal.exists():
+    first = writers.nth(job.output, 0) if format_ == "webdataset" else job.output
+    if first.exists() and format_ != "sqlite" and not job.overwrite and not journal.exists():
         raise CaptionerError(
-            f"{job.output}: is there, and no journal says what is in it; give another --output, or --overwrite"
+            f"{first}: is there, and no journal says what is in it; give another --output, or --overwrite"
         )
     if any(_same(job.output, Path(path)) for path in job.photos):
         raise CaptionerError(f"{job.output}: is one of the photos; give another --output")

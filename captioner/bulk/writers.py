@@ -28,6 +28,12 @@ from captioner.errors import CaptionerError, ImageError, missing_extra
 #: Rows that are compressed together in a Parquet file.
 _ROW_GROUP = 10_000
 
+#: Photos in a WebDataset shard, where the output is several.
+_SHARD = 10_000
+
+#: The place of a shard's number in a name.
+_NUMBER = re.compile(r"%0?(\d?)d")
+
 
 @dataclass(frozen=True)
 class Style:
@@ -133,13 +139,13 @@ def coco_id(image: str) -> int | str:
 def webdataset(
     rows: Iterable[Row], path: Path, style: Style, read: Callable[[str], bytes] | None, *, several: bool = False
 ) -> Iterator[tuple[Row, ImageError]]:
-    """Write a shard with each photo, its caption (`.txt`) and its row (`.json`) under one key, one photo in memory.
+    """Write each photo, its caption (`.txt`) and its row (`.json`) under one key, with one photo in memory.
 
     A photo of a shard keeps its name, others are numbered.
 
     Args:
         rows: photos that have captions.
-        path: the shard.
+        path: the shard; with %05d or the like in its name, as many as are needed, each with `_SHARD` photos.
         style: of the rows.
         read: reads a photo by its id; none leaves the photos out.
         several: photos of shards are put into a folder named after their shard, since shards may have names in common.
@@ -147,6 +153,39 @@ def webdataset(
     Yields:
         Photos that cannot be read any more or have changed, and are left out.
     """
+    numbered = enumerate(rows)
+    for shard in itertools.count():
+        some = itertools.islice(numbered, _SHARD) if is_numbered(path) else numbered
+        first = next(some, None)
+        if first is None and shard:
+            break
+        yield from _shard(itertools.chain([first] if first else [], some), nth(path, shard), style, read, several)
+        if not is_numbered(path):
+            return
+    while (left := nth(path, shard)).exists():  # of an earlier run that had more photos
+        left.unlink()
+        shard += 1
+
+
+def is_numbered(path: Path) -> bool:
+    """Whether the name of an output stands for several, as `captions-%05d.tar` does."""
+    return len(_NUMBER.findall(path.name)) == 1
+
+
+def nth(path: Path, number: int) -> Path:
+    """A shard's path: `captions-%05d.tar` -> `captions-00000.tar`; one without a place for a number stays as it is."""
+    if not is_numbered(path):
+        return path
+    return path.with_name(_NUMBER.sub(lambda place: f"{number:0{place[1] or 1}}", path.name))
+
+
+def _shard(
+    numbered: Iterable[tuple[int, Row]],
+    path: Path,
+    style: Style,
+    read: Callable[[str], bytes] | None,
+    several: bool,
+) -> Iterator[tuple[Row, ImageError]]:
     with whole(path) as file, tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as tar:
 
         def add(name: str, content: bytes) -> None:
@@ -156,7 +195,7 @@ def webdataset(
             tar.members = []  # type: ignore[attr-defined]  # which tarfile would keep in memory
 
         last = ""
-        for number, row in enumerate(rows):
+        for number, row in numbered:
             try:
                 photo = b"" if read is None else _unchanged(row, read)
                 name = _name(row, number, photo, several)

@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 from fake import Fake, caption, photo, provenance
 
+from captioner import images
 from captioner.bulk import journal, pipeline, run, writers
 from captioner.bulk.job import Job
 from captioner.errors import CaptionerError
@@ -281,6 +283,41 @@ def test_an_error_of_the_source_loses_nothing(album, output, tmp_path):
     assert caption_all(album, output)[1] == 0
 
 
+def test_a_data_set_of_folders_shards_and_parquet(album, tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    paths = sorted(album.iterdir())
+    with tarfile.open(tmp_path / "00.tar.gz", "w:gz") as tar:
+        for path in paths[4:8]:
+            tar.add(path, f"x/{path.name}")
+    parquet.write_table(pa.table({"image": [path.read_bytes() for path in paths[8:]]}), tmp_path / "a.parquet")
+    for path in paths[4:]:
+        path.unlink()
+    (album / "01.png").write_bytes(b"no photo")
+    output = tmp_path / "out.tar"
+    photos = (str(album), str(tmp_path / "a.parquet"), str(tmp_path / "00.tar.gz"))
+    job = Job(photos=photos, output=output, quiet=True, workers=1)
+
+    class Rash(Fake):
+        """Does away with a photo that has been read."""
+
+        def describe(self, features, options=None):
+            (album / "03.png").unlink(missing_ok=True)
+            return super().describe(features, options)
+
+    report = run.run(job, Rash(), provenance())
+    assert report.failed == 2
+    assert [row["class"] for row in rows(report.failures)] == ["not a photo", "missing"]
+    with tarfile.open(output) as tar:
+        found = {member.name: tar.extractfile(member).read() for member in tar}
+    keys = [*(f"{n:09}" for n in (0, 1, 3, 4, 5, 6)), *(f"x/{n:02}" for n in range(4, 8))]
+    assert list(found) == [f"{key}.{ending}" for key in keys for ending in ("png", "json", "txt")]
+    for key in keys:
+        colour = images.load(found[f"{key}.png"], 1)[:, 0, 0]
+        assert found[f"{key}.txt"].decode() == caption(*colour).text
+
+
 def test_details(album, output):
     _, _, written = caption_all(album, output, details=True, options=provenance(num_captions=2))
     row = written[3]
@@ -301,12 +338,16 @@ def test_details(album, output):
         ({"photos": ("photo.png",), "format": "xmp"}, "the journal has no place; give --journal FILE, or a folder"),
         ({"output": Path()}, "is a folder; give the name of a file"),
         ({"output": Path("album"), "format": "csv"}, "is a folder; give the name of a file"),
+        ({"output": Path("a.csv"), "captions_only": True}, "--captions-only has no meaning for csv, which never holds"),
+        ({"output": Path("out-%02d.tar")}, r"out-00\.tar: is there, and no journal says what is in it"),
+        ({"output": Path("b.tar"), "photos": ("a.tar", "album/../a.tar.gz")}, "a: is the name of two shards"),
         ({"output": Path("album/00.png"), "format": "csv", "overwrite": True}, "is one of the photos"),
     ],
 )
 def test_jobs_that_are_not_possible(album, monkeypatch, settings, said):
     monkeypatch.chdir(album.parent)
-    Path("a.tar").touch()
+    for name in ("a.tar", "a.tar.gz", "out-00.tar"):
+        Path(name).touch()
     photo("photo.png")
     if "photos" not in settings:
         settings = {"photos": ("album/00.png",), **settings}

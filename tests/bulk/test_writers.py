@@ -143,6 +143,31 @@ def test_webdataset_names_that_would_be_there_twice_or_lead_elsewhere(tmp_path):
     assert [name for name in found if name.endswith("jpg")] == ["00/1.jpg", "01/1.jpg"]
 
 
+def test_webdataset_in_several_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(writers, "_SHARD", 3)
+    path = tmp_path / "out-%03d.tar"
+
+    def shards(*images):
+        assert list(writers.webdataset(iter(rows_of(*images)), path, Style(), os.fsencode)) == []
+        found = {}
+        for each in sorted(tmp_path.iterdir()):
+            with tarfile.open(each) as tar:
+                found[each.name] = [name for name in tar.getnames() if name.endswith(".jpg")]
+        return found
+
+    def names(*numbers):
+        return [f"{number:09}.jpg" for number in numbers]
+
+    images = [f"{number}.jpg" for number in range(7)]
+    expected = {"out-000.tar": names(0, 1, 2), "out-001.tar": names(3, 4, 5), "out-002.tar": names(6)}
+    assert shards(*images) == expected
+    assert shards(*images[:6]) == {name: expected[name] for name in ("out-000.tar", "out-001.tar")}
+    assert shards(*images[:2]) == {"out-000.tar": names(0, 1)}
+    assert shards() == {"out-000.tar": []}
+    for name, second in [("a-%d.tar", "a-1.tar"), ("a%.tar", "a%.tar"), ("%05d", "00001"), ("%d%d.tar", "%d%d.tar")]:
+        assert writers.nth(tmp_path / name, 1) == tmp_path / second
+
+
 def test_webdataset_leaves_out_photos_that_are_gone_or_have_changed(tmp_path):
     def read(id_):
         if id_ == "/gone.jpg":
