@@ -14,8 +14,9 @@ import pytest
 from fake import photo
 
 from captioner import images
-from captioner.bulk import sources
+from captioner.bulk import cluster, sources
 from captioner.bulk.job import Job
+from captioner.bulk.journal import Todo
 from captioner.errors import CaptionerError, ImageError
 
 
@@ -234,6 +235,12 @@ def test_photos_in_memory_are_taken_a_few_at_a_time():
     assert len(list(sources.some(iter(items), 3, 1000))) == 3
     assert len(list(sources.some(iter(items), 20, 35))) == 4
     assert len(list(sources.some(iter(items), 20, 1000))) == 10
+
+
+def test_a_cluster_is_given_photos_in_memory_a_few_at_a_time(monkeypatch):
+    monkeypatch.setattr(cluster, "_WAVE_BYTES", 35)
+    todo = iter([Todo(number, sources.Item(str(number), "", bytes(10))) for number in range(10)])
+    assert [len(list(cluster._wave(todo))) for _ in range(4)] == [4, 4, 2, 0]
 
 
 def test_parquet(tmp_path):
