@@ -1,16 +1,19 @@
 """Many photos, from files to JSON lines: ours beside BLIP-base and ViT-GPT2, and where the time goes.
 
-    python -m benchmarks.bulk [--photos DIR] [--count 500] [--rounds 3] [--peer-count 16] [--megapixels 12]
+    python -m benchmarks.bulk [--photos DIR] [--count 500] [--rounds 3] [--peer-count 16] [--megapixels 12] [--no-peers]
+    python -m benchmarks.bulk --memory 50000
 
 The peers are the networks of `transformers` with random weights, which are as fast as trained ones, in bf16 and greedy,
 with captions of 12 words, on all cores. They are given pixels: reading and decoding photos is not counted for them.
 Ours reads and decodes files, and searches with a beam of 3. The ceiling is the rate if all workers were at one of the
-stages all the time. All take turns within a round; one JSON object is printed at the end.
+stages all the time. All take turns within a round; one JSON object is printed at the end. `--memory` captions so many
+photos, hard links of a few hundred, and compares the resident memory at the end with that after a tenth.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
 import tempfile
 import time
@@ -38,7 +41,11 @@ def main() -> None:
     parser.add_argument("--peer-count", type=int, default=16)
     parser.add_argument("--megapixels", type=float, default=12)
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--memory", type=int)
     arguments = parser.parse_args()
+    if arguments.memory:
+        _memory(arguments.memory)
+        return
     captioner = Captioner.from_pretrained("mini")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -94,6 +101,44 @@ def _large(captioner: Captioner, folder: Path, megapixels: float) -> tuple[float
     decode = seconds(lambda: [images.load(copy, captioner.image_size) for copy in copies])
     whole = seconds(lambda: run(job, captioner, Provenance("mini", "", captioner.options)))
     return len(copies) / whole, len(copies) / decode
+
+
+def _memory(count: int) -> None:
+    captioner = _Weighed(Captioner.from_pretrained("mini"))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "few").mkdir()
+        few = photos(folder / "few", samples(), 500)
+        for number in range(count):
+            (folder / "many" / f"{number // 1000:03}").mkdir(parents=True, exist_ok=True)
+            (folder / "many" / f"{number // 1000:03}" / f"{number:06}.jpg").hardlink_to(few[number % len(few)])
+        job = Job(photos=(str(folder / "many"),), output=folder / "out.jsonl")
+        took = seconds(lambda: run(job, captioner, Provenance("mini", "", captioner.captioner.options)))
+    tenth, whole = captioner.after(count // 10), captioner.after(count)
+    ours = {"MiB after a tenth": tenth, "MiB at the end": whole, "photos a second": count / took}
+    report(f"resident memory while {count:,} photos are captioned", ours=ours, ratios={"end to a tenth": whole / tenth})
+
+
+class _Weighed:
+    """A model that notes the resident memory whenever it looks at photos."""
+
+    concurrent = True
+
+    def __init__(self, captioner: Captioner) -> None:
+        self.captioner = captioner
+        self.image_size, self.describe = captioner.image_size, captioner.describe
+        self._seen = 0
+        self._noted: list[tuple[int, float]] = []  # photos so far, MiB
+
+    def features(self, pixels: Any) -> Any:
+        self._seen += len(pixels)
+        pages = int(Path("/proc/self/statm").read_text("utf-8").split()[1])
+        self._noted.append((self._seen, pages * resource.getpagesize() / 2**20))
+        return self.captioner.features(pixels)
+
+    def after(self, count: int) -> float:
+        """MiB after so many photos: the median over the last tenth of them."""
+        return statistics.median(size for seen, size in self._noted if 0.9 * count <= seen <= count)
 
 
 def _peer(caption: Callable[[Any], object], size: int, count: int) -> Callable[[], float]:

@@ -34,7 +34,7 @@ class ImageError(CaptionerError):
 
     Attributes:
         kind: the class of the fault, for lists of failures: "missing", "unreadable", "special" (a pipe or a device),
-            "not a photo", "damaged", "too large", "unsupported", "timeout" or "existing".
+            "not a photo", "damaged", "too large", "unsupported", "timeout", "existing" or "changed".
     """
 
     def __init__(self, message: str, kind: str = "unreadable") -> None:

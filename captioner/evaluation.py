@@ -14,7 +14,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -63,6 +63,16 @@ class Hypotheses:
 
 
 @dataclass(frozen=True)
+class Measures:
+    """How captions are scored."""
+
+    idf: metrics.Idf | None = None  # document frequencies of CIDEr in place of those of the references
+    statistics: Statistics = field(default_factory=Statistics)  # how intervals are computed
+    meteor: bool | metrics.Meteor = False  # METEOR too, which needs the extra [meteor]; or the result of `load_meteor`
+    java: Sequence[str] = ()  # "spice", which needs Java and pycocoevalcap, or nothing
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Scores of a set of captions."""
 
@@ -105,11 +115,7 @@ def evaluate_model(
     captioner: Captioner,
     data: DataConfig,
     split: Split = "val",
-    *,
-    idf: metrics.Idf | None = None,
-    statistics: Statistics | None = None,
-    meteor: bool | metrics.Meteor = False,
-    java: Sequence[str] = (),
+    measures: Measures | None = None,
 ) -> Evaluation:
     """Caption the photos of a split with a model, and score the captions.
 
@@ -118,10 +124,7 @@ def evaluate_model(
         data: photos and human captions. Photos that the model's training kept back for validation are kept back here:
             `restval` and `val_share` are the model's own where it has them.
         split: of the data.
-        idf: see `evaluate`, as for the other arguments.
-        statistics: how intervals are computed.
-        meteor: whether METEOR is computed too.
-        java: "spice", or nothing.
+        measures: scores and intervals; by default all that need no more than the captions.
 
     Raises:
         CaptionerError: the data cannot be read, or no photo of the split can.
@@ -151,62 +154,49 @@ def evaluate_model(
         | {"decoding": asdict(captioner.options), "training": captioner.training},
         [not caption.finished for caption in found.values()],
     )
-    return evaluate(references, hypotheses, idf=idf, statistics=statistics, meteor=meteor, java=java)
+    return evaluate(references, hypotheses, measures)
 
 
 def evaluate_results(
     path: str | Path,
     references: References,
-    *,
-    idf: metrics.Idf | None = None,
-    statistics: Statistics | None = None,
-    meteor: bool | metrics.Meteor = False,
-    java: Sequence[str] = (),
+    measures: Measures | None = None,
 ) -> Evaluation:
     """Score a file in COCO's result format.
 
     Args:
         path: of the file.
         references: human captions of the same photos, see `read_references`.
-        idf: see `evaluate`, as for the other arguments.
-        statistics: how intervals are computed.
-        meteor: whether METEOR is computed too.
-        java: "spice", or nothing.
+        measures: scores and intervals; by default all that need no more than the captions.
 
     Raises:
         CaptionerError: the file cannot be read, or is of other photos.
     """
     hypotheses = read_results(Path(path), references.captions)
-    return evaluate(references, hypotheses, idf=idf, statistics=statistics, meteor=meteor, java=java)
+    return evaluate(references, hypotheses, measures)
 
 
 def evaluate(
     references: References,
     hypotheses: Hypotheses,
-    *,
-    idf: metrics.Idf | None = None,
-    statistics: Statistics | None = None,
-    meteor: bool | metrics.Meteor = False,
-    java: Sequence[str] = (),
+    measures: Measures | None = None,
 ) -> Evaluation:
     """Compare captions with human ones.
 
     Args:
         references: human captions.
         hypotheses: a caption of each of their photos.
-        idf: document frequencies of CIDEr in place of those of the references.
-        statistics: how intervals are computed.
-        meteor: whether METEOR is computed too, which needs the extra `[meteor]`; or the result of `load_meteor`.
-        java: "spice", which needs Java and pycocoevalcap, or nothing.
+        measures: scores and intervals; by default all that need no more than the captions.
 
     Raises:
         CaptionerError: the photos differ, or METEOR's data or Java is missing.
     """
-    statistics = statistics or Statistics()
+    measures = measures or Measures()
+    statistics = measures.statistics
     humans, captions = references.captions, hypotheses.captions
-    meteor = load_meteor() if meteor is True else meteor
+    meteor = load_meteor() if measures.meteor is True else measures.meteor
     try:
-        scores = metrics.evaluate(humans, captions, idf=idf, meteor=meteor)
+        scores = metrics.evaluate(humans, captions, idf=measures.idf, meteor=meteor)
         return Evaluation(
             references,
             hypotheses,
@@ -217,7 +207,7 @@ def evaluate(
                 training=references.training or None,
                 truncated=hypotheses.truncated,
             ),
-            {name: metrics.java_scores(humans, captions, name) for name in java},
+            {name: metrics.java_scores(humans, captions, name) for name in measures.java},
         )
     except ValueError as error:
         raise CaptionerError(str(error)) from None

@@ -307,6 +307,17 @@ def read(path: str | Path) -> bytes:
         raise _explained(error, str(path)) from None
 
 
+def ending(content: bytes) -> str:
+    """The usual ending of the name of a photo's file, as ".jpg", by its content.
+
+    Raises:
+        ImageError: it is no photo.
+    """
+    with _open(io.BytesIO(content), "image in memory") as image:
+        kind = (image.format or "").lower()
+    return {"jpeg": ".jpg", "mpo": ".jpg", "heif": ".heic"}.get(kind, f".{kind}")
+
+
 @dataclass(frozen=True)
 class PhotoBatch:
     """Photos that were decoded together."""

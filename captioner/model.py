@@ -141,6 +141,14 @@ class Captioner:
         """Whether several threads may use the model at once, and gain by it."""
         return isinstance(self.engine, OnnxEngine)
 
+    @property
+    def engine_name(self) -> str:
+        """What computes, and how precisely: "onnx" (as the model was exported), or "torch, bfloat16" for example."""
+        if isinstance(self.engine, OnnxEngine):
+            return "onnx"
+        precision = str(getattr(self.engine, "dtype", "unknown precision"))
+        return f"torch, {precision.removeprefix('torch.')}"
+
     def caption(self, photo: images.Source, options: DecodingOptions | None = None) -> Caption:
         """Write the best sentence about one photo.
 

@@ -23,6 +23,7 @@ from captioner.datasets.annotations import Example, captions_sha256, load
 from captioner.errors import CaptionerError, ImageError
 from captioner.evaluation import (
     Hypotheses,
+    Measures,
     References,
     compare,
     evaluate_model,
@@ -193,14 +194,16 @@ def test_photos_of_another_encoder_are_not_mixed(
 
 def test_the_same_from_python(data: Path, model: Path, tmp_path: Path) -> None:
     captioner = Captioner.from_pretrained(model)
-    found = evaluate_model(captioner, DataConfig(data, features=tmp_path / "features"), statistics=Statistics(50))
+    found = evaluate_model(
+        captioner, DataConfig(data, features=tmp_path / "features"), measures=Measures(statistics=Statistics(50))
+    )
     output = tmp_path / "scores.json"
     common = ("--model", model, "--data", data, "--features", tmp_path / "features", "--statistics.resamples", 50)
     assert run(*common, "--output", output) == 0
     (one,) = json.loads(output.read_text())["evaluations"]
     assert json.loads(json.dumps(found.as_json(), default=str)) == one
     path = results(tmp_path / "results.json", dict(found.hypotheses.captions))
-    again = evaluate_results(path, read_references(data, "val"), statistics=Statistics(50))
+    again = evaluate_results(path, read_references(data, "val"), measures=Measures(statistics=Statistics(50)))
     assert again.scores.corpus == pytest.approx(found.scores.corpus, abs=1e-12)
     assert again.references.captions == found.references.captions
 
@@ -230,7 +233,7 @@ def test_an_exported_model_needs_no_store(data: Path, tmp_path: Path, monkeypatc
         vocabulary=SimpleNamespace(sha256="1234"),
         training={},
     )
-    found = evaluate_model(captioner, DataConfig(data), statistics=Statistics(0))
+    found = evaluate_model(captioner, DataConfig(data), measures=Measures(statistics=Statistics(0)))
     assert found.hypotheses.captions == {e.image_id: "a red circle" for e in val if e.path != bad}
     assert found.references.unreadable == (f"{bad}: not a photo",)
     graphs = {"model.safetensors": hashlib.sha256(b"weights").hexdigest()}

@@ -76,6 +76,14 @@ def test_a_photo_is_a_path_a_name_or_an_image(photos: list[Path]) -> None:
     assert len({*sentences(model, photos)}) > 1  # it looks
 
 
+def test_the_name_of_an_engine_tells_precisions_apart() -> None:
+    engines = [
+        Captioner.from_pretrained("mini", engine="torch", device="cpu", precision=name) for name in ("fp32", "bf16")
+    ]
+    names = [captioner.engine_name for captioner in [Captioner.from_pretrained("mini"), *engines]]
+    assert names == ["onnx", "torch, float32", "torch, bfloat16"]
+
+
 def test_options_are_the_models_own_unless_given(photos: list[Path]) -> None:
     model = make_model(options=DecodingOptions(max_words=2, min_words=2))
     assert len(model.caption(photos[0]).tokens) == 2

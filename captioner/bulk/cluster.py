@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 #: Photos that are given to the cluster at once.
 _WAVE = 20_000
 
+#: Bytes of photos in memory that are given to the cluster at once (those of Parquet files and compressed shards).
+_WAVE_BYTES = 256 << 20
+
 
 class Worker:
     """An actor: a model in a process of its own, that captions chunks of photos."""
@@ -88,7 +91,7 @@ def caption(
         ray.init(None if address == "local" else address, log_to_driver=False, include_dashboard=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     actors = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-    while not stopped() and (wave := list(itertools.islice(todo, _WAVE))):
+    while not stopped() and (wave := list(_wave(todo))):
         by_place = {each.place: each for each in wave}
         rows = ray.data.from_items([_row(each) for each in wave], override_num_blocks=_blocks(len(wave), actors))
         done = rows.map_batches(
@@ -104,6 +107,15 @@ def caption(
                 # A chunk whose actor was killed after it had answered may come twice.
                 if (each := by_place.pop(int(place), None)) is not None:
                     yield _result(each, json.loads(outcome), now())
+
+
+def _wave(todo: Iterator[Todo]) -> Iterator[Todo]:
+    left = _WAVE_BYTES
+    for each in itertools.islice(todo, _WAVE):
+        yield each
+        left -= each.item.held
+        if left < 0:
+            return
 
 
 def _blocks(photos: int, actors: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sqlite3
 from collections.abc import Iterator
@@ -11,30 +12,46 @@ from pathlib import Path
 from captioner.bulk.journal import Journal, is_journal, name_of
 from captioner.errors import CaptionerError
 
-#: Words are compared by their stems ("dogs" finds "dog") and without accents. The text itself is in `photos`.
-_BUILD = (
+#: The index. Words are compared by their stems ("dogs" finds "dog") and without accents; `photos` has the text itself.
+#: A photo has the row 2 * number for its best caption and, if it has several captions, 2 * number + 1 for all of them,
+#: so that one search finds both and tells which it was.
+_NEW = (
     "DROP TABLE IF EXISTS search",
-    "CREATE VIRTUAL TABLE search USING fts5(best, others, content='', tokenize='porter unicode61')",
-    "INSERT INTO search (rowid, best, others) SELECT number, json_extract(captions, '$[0][0]'), "
-    "CASE json_array_length(captions) WHEN 1 THEN '' ELSE "
-    "(SELECT group_concat(json_extract(value, '$[0]'), ' . ') FROM json_each(captions) WHERE key > 0) END "
-    "FROM places JOIN photos USING (number) WHERE captions IS NOT NULL",
-    "INSERT INTO search (search) VALUES ('optimize')",
+    "CREATE VIRTUAL TABLE search USING fts5(text, content='', tokenize='porter unicode61')",
+)
+
+#: The photos of the library, with the row that the index has for each.
+_PHOTOS = (
+    "places JOIN photos USING (number) LEFT JOIN search_docsize AS row ON row.id = 2 * number "
+    "WHERE captions IS NOT NULL"
+)
+
+#: A character that counts as a word and that nobody types: no phrase reaches from one caption into the next.
+_BETWEEN = "\ue000"
+
+_ADD = (
+    "INSERT INTO search (rowid, text) "
+    "SELECT 2 * number, json_extract(captions, '$[0][0]') FROM temp.added JOIN photos USING (number)",
+    "INSERT INTO search (rowid, text) "
+    "SELECT 2 * number + 1, "
+    f"(SELECT group_concat(json_extract(value, '$[0]'), ' {_BETWEEN} ') FROM json_each(captions)) "
+    "FROM temp.added JOIN photos USING (number) WHERE json_array_length(captions) > 1",
 )
 
 #: Words that nearly every caption has; outside of phrases they tell nothing, and are left out of a query.
 _COMMON = frozenset("a an the of on in at to with and is are it its by for from up".split())
 
-#: So many of the photos that match are put in order: a common word is in the captions of hundreds of thousands.
+#: So many of the rows that match are put in order: a common word is in the captions of hundreds of thousands.
 _RANKED = 1000
 
+#: The share of rows that are out of date above which the index is made anew.
+_MOST_STALE = 0.1
+
 _SEARCH = """
-WITH best AS (SELECT rowid AS number FROM search WHERE search MATCH ?1 LIMIT ?3),
-     any_ AS (SELECT rowid AS number FROM search WHERE search MATCH ?2 LIMIT ?3),
-     matching AS (SELECT number, 0 AS rank FROM best UNION ALL
-                  SELECT number, 1 FROM any_ WHERE number NOT IN (SELECT number FROM best))
-SELECT id, image, json_extract(captions, '$[0][0]') FROM matching JOIN photos USING (number)
-ORDER BY rank, json_extract(captions, '$[0][2]') DESC, number LIMIT ?4
+WITH matching AS (SELECT rowid FROM search WHERE search MATCH ?1 AND rowid / 2 IN (SELECT number FROM places) LIMIT ?2),
+     found AS (SELECT rowid / 2 AS number, MIN(rowid % 2) AS rank FROM matching GROUP BY rowid / 2)
+SELECT id, image, json_extract(captions, '$[0][0]') FROM found JOIN photos USING (number)
+ORDER BY rank, json_extract(captions, '$[0][2]') DESC, number LIMIT ?3
 """
 
 
@@ -48,8 +65,32 @@ class Hit:
 
 
 def build(journal: Journal) -> None:
-    """Index the captions of a journal."""
-    journal.index(_BUILD)
+    """Index the captions of a journal: those that are new, or all of them if much of the index is out of date.
+
+    Photos that are gone or were captioned again (under a new number) leave rows behind, which a search passes over.
+    """
+    journal.index(_update)
+
+
+def _update(base: sqlite3.Connection) -> None:
+    if not base.execute("SELECT 1 FROM sqlite_master WHERE name='search'").fetchone():
+        _begin(base)
+    (rows,) = base.execute("SELECT COUNT(*) FROM search_docsize WHERE id % 2 = 0").fetchone()
+    photos, indexed = base.execute(f"SELECT COUNT(*), COUNT(row.id) FROM {_PHOTOS}").fetchone()
+    is_new = rows == 0 or rows - indexed > photos * _MOST_STALE
+    if is_new:
+        _begin(base)
+    base.execute(f"CREATE TEMP TABLE added AS SELECT number FROM {_PHOTOS} AND row.id IS NULL")
+    for statement in _ADD:
+        base.execute(statement)
+    base.execute("DROP TABLE temp.added")
+    if is_new:
+        base.execute("INSERT INTO search (search) VALUES ('optimize')")
+
+
+def _begin(base: sqlite3.Connection) -> None:
+    for statement in _NEW:
+        base.execute(statement)
 
 
 def search(library: Path, query: str, limit: int = 20) -> list[Hit]:
@@ -76,7 +117,7 @@ def search(library: Path, query: str, limit: int = 20) -> list[Hit]:
         base.execute("PRAGMA query_only=1")
         if not is_journal(base):
             raise _no_library(library)
-        found = base.execute(_SEARCH, [f"best : ({words})", words, _RANKED, limit]).fetchall()
+        found = base.execute(_SEARCH, [words, _RANKED, limit]).fetchall()
     except sqlite3.Error as error:
         raise _explained(library, query, error) from None
     finally:
@@ -113,9 +154,11 @@ def understood(query: str) -> str:
     parts = list(_parts(query))
     if not any(part.startswith('"') for part in parts):
         raise CaptionerError(f"{query!r}: has no words to search for; give some, such as: dog beach")
-    telling = [part for part in parts if part.strip('"').lower() not in _COMMON]
-    if not any(part.startswith('"') for part in telling):
-        telling = parts
+    telling: list[str] = []
+    for are_words, run in itertools.groupby(parts, lambda part: part.startswith('"')):
+        together = list(run)
+        told = [part for part in together if part.strip('"').lower() not in _COMMON]
+        telling += told if are_words and told else together
     joined: list[str] = []
     for part in telling:
         if joined and (joined[-1][0] in '")') and (part[0] in '"('):

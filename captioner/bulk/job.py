@@ -39,6 +39,7 @@ class Options:
     exclude: tuple[str, ...] = ()  # of folders, no photos whose name or path in the folder matches one of these globs
     journal: Path | None = None  # notes what was done; by default OUTPUT.journal, or .captioner.journal in the folder
     details: bool = False  # write log-probabilities, model, options, and size, hash and time of each photo too
+    captions_only: bool = False  # leave the photos themselves out of a WebDataset that is written
     by_content: bool = False  # tell changed photos by their content rather than by size and time; finds renamed ones
     overwrite: bool = False  # begin anew, and replace captions that are there
     skip_existing: bool = False  # leave photos alone that have a sidecar already
@@ -67,7 +68,7 @@ class Options:
 class Job(Options):
     """Photos that are captioned in bulk, and where the captions go."""
 
-    photos: tuple[str, ...] = ()  # photos, folders of photos, WebDataset shards (.tar) and Parquet files with photos
+    photos: tuple[str, ...] = ()  # photos, folders of photos, WebDataset shards and Parquet files with photos
     output: Path | None = None  # file that is written when all photos are done; for sidecars, none
     format: Format | None = None  # of the output; by default as its ending says
 

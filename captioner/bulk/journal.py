@@ -9,20 +9,27 @@ from __future__ import annotations
 
 import itertools
 import json
+import operator
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from captioner.bulk.sources import Item, blocks
+from captioner.bulk.sources import Item, blocks, some
 from captioner.errors import CaptionerError, ImageError
 
 #: Photos that are looked up at once.
 _BLOCK = 512
+
+#: Bytes of photos in memory that are looked up at once.
+_BLOCK_BYTES = 32 << 20
+
+#: By these, a photo is told to be as it was.
+_COMPARED = operator.attrgetter("id", "image", "size", "modified")
 
 #: The number of this application in the header of the file ("cptn"), by which it is known.
 _APPLICATION = 0x6370746E
@@ -30,7 +37,7 @@ _APPLICATION = 0x6370746E
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS photos (
-    number INTEGER PRIMARY KEY,
+    number INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used again, so that the index tells old captions from new ones
     id TEXT NOT NULL UNIQUE,    -- absolute path
     image TEXT NOT NULL,        -- path as found
     size INTEGER NOT NULL,      -- bytes, or -1
@@ -72,6 +79,7 @@ class Row:
     done: str = ""  # time, UTC
     kind: str = ""  # class of the failure
     reason: str = ""  # the failure in one line
+    id: str = ""  # absolute path
 
 
 class Todo(NamedTuple):
@@ -153,8 +161,11 @@ class Journal:
         stored = dict(base.execute("SELECT name, value FROM settings"))
         base.execute("INSERT OR IGNORE INTO settings VALUES ('settings', ?)", [wanted])
         base.execute("COMMIT")
-        if (before := stored.get("settings", wanted)) != wanted:
-            raise CaptionerError(f"{self.path}: {_difference(json.loads(before), settings)}")
+        if difference := _difference(json.loads(stored.get("settings", wanted)), json.loads(wanted)):
+            raise CaptionerError(
+                f"{self.path}: was made with {difference}; give the same, or another --output, or begin anew with "
+                "--overwrite"
+            )
         return base
 
     def close(self) -> None:
@@ -177,7 +188,7 @@ class Journal:
         """
         place = 0
         with ThreadPoolExecutor() if by_content else _no_pool() as pool:
-            for block in _ahead(blocks(iter(items), lambda rest: itertools.islice(rest, _BLOCK))):
+            for block in blocks(iter(items), lambda rest: some(rest, _BLOCK, _BLOCK_BYTES)):
                 if not by_content and self._unchanged(place, block):
                     self.counts.known += len(block)
                     self.counts.found = place = place + len(block)
@@ -208,20 +219,11 @@ class Journal:
         if not self._aligned:
             return False
         rows = self._execute(
-            "SELECT id, NULLIF(image, id), size, modified, captions IS NOT NULL FROM places JOIN photos USING (number) "
-            "WHERE place >= ? AND place < ? ORDER BY place",
+            "SELECT id, image, size, modified FROM places JOIN photos USING (number) "
+            "WHERE place >= ? AND place < ? AND captions IS NOT NULL ORDER BY place",
             [place, place + len(block)],
         )
-        return rows == [
-            (
-                item.id if item.id.isascii() else _text(item.id),
-                None if item.image == item.id else _text(item.image),
-                item.size,
-                item.modified,
-                1,
-            )
-            for item in block
-        ]
+        return rows == list(map(_COMPARED, block))
 
     def _along(self, place: int, block: Sequence[Item]) -> dict[str, _Known]:
         """The records of a block of photos, by id."""
@@ -294,15 +296,16 @@ class Journal:
                 else:
                     kept = [[c.text, round(c.logprob, 4), round(c.score, 4), c.satisfied] for c in outcome]
                     captions = json.dumps(kept, ensure_ascii=False, separators=(",", ":"))
-                (number,) = base.execute(
-                    "INSERT INTO photos VALUES (NULL, ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9) ON CONFLICT (id) DO UPDATE "
-                    "SET image=?2, size=?3, modified=?4, sha256=?5, captions=?6, kind=?7, reason=?8, done=?9 "
-                    "RETURNING number",
+                before = base.execute("DELETE FROM photos WHERE id=? RETURNING number", [_text(item.id)]).fetchone()
+                number = base.execute(
+                    "INSERT INTO photos VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     [
                         _text(item.id), _text(item.image), item.size, item.modified, sha256, captions, kind, reason,
                         done,
                     ],
-                ).fetchone()  # fmt: skip
+                ).lastrowid  # fmt: skip
+                if before is not None:
+                    base.execute("UPDATE places SET number=? WHERE number=?", [number, *before])
                 base.execute("INSERT OR IGNORE INTO places VALUES (?, ?)", [place, number])
 
     def complete(self) -> None:
@@ -320,22 +323,24 @@ class Journal:
 
     def rows(self) -> Iterator[Row]:
         """Photos that have captions, in the order of the source."""
-        for image, captions, size, sha256, done in self._in_order("image, captions, size, sha256, done", "captions"):
-            yield Row(name_of(image), tuple(itertools.starmap(Found, json.loads(captions))), size, sha256, done)
+        columns = "image, captions, size, sha256, done, id"
+        for image, captions, size, sha256, done, id_ in self._in_order(columns, "captions"):
+            found = tuple(itertools.starmap(Found, json.loads(captions)))
+            yield Row(name_of(image), found, size, sha256, done, id=name_of(id_))
 
     def failures(self) -> Iterator[Row]:
-        """Photos that failed, and those whose sidecar could not be written, in the order of the source."""
+        """Photos that failed, and those that could not be written with their captions, in the order of the source."""
         for image, kind, reason, size, done in self._in_order("image, kind, reason, size, done", "kind"):
             yield Row(name_of(image), size=size, kind=kind, reason=name_of(reason), done=done)
 
-    def refused(self, failures: Iterable[tuple[str, ImageError]]) -> int:
-        """Note the photos whose captions could not be written beside them; the captions are kept. Returns how many."""
+    def refused(self, failures: Iterable[tuple[Row, ImageError]]) -> int:
+        """Note the photos whose captions could not be written with them; the captions are kept. Returns how many."""
         self._execute("UPDATE photos SET kind=NULL, reason=NULL WHERE captions IS NOT NULL AND kind IS NOT NULL")
         count = 0
-        for image, error in failures:
+        for row, error in failures:
             count += 1
-            values = [error.kind, _text(str(error)), _text(image)]
-            self._execute("UPDATE photos SET kind=?, reason=? WHERE image=?", values)
+            values = [error.kind, _text(str(error)), _text(row.id)]
+            self._execute("UPDATE photos SET kind=?, reason=? WHERE id=?", values)
         return count
 
     def count(self) -> int:
@@ -344,13 +349,12 @@ class Journal:
         (count,) = self._execute(f"SELECT COUNT(*) FROM {where}")[0]
         return int(count)
 
-    def index(self, statements: Iterable[str]) -> None:
-        """Make an index by statements in one transaction, unless it is up to date."""
+    def index(self, update: Callable[[sqlite3.Connection], None]) -> None:
+        """Bring an index up to date in one transaction, unless it is."""
         if self._execute("SELECT 1 FROM settings WHERE name='indexed'"):
             return
         with self._transaction() as base:
-            for statement in statements:
-                base.execute(statement)
+            update(base)
             base.execute("INSERT INTO settings VALUES ('indexed', 'true')")
 
     def _in_order(self, columns: str, present: str) -> Iterator[Sequence[Any]]:
@@ -398,15 +402,6 @@ class _Known:
     aligned: bool = field(kw_only=True)  # in its place already
 
 
-def _ahead(found: Iterator[list[Item]]) -> Iterator[list[Item]]:
-    """Take the next list from the source, which waits for the file system, while this one is looked up."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        following = pool.submit(next, found, None)
-        while (block := following.result()) is not None:
-            following = pool.submit(next, found, None)
-            yield block
-
-
 @contextmanager
 def _no_pool() -> Iterator[None]:
     yield None
@@ -441,14 +436,15 @@ def is_journal(base: sqlite3.Connection) -> bool:
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Name the settings in which two runs differ."""
+    """Name the settings in which two runs differ; a model may have another name."""
     if before.get("model") != now.get("model"):
-        kind = f"another model ({before.get('name')}, not {now.get('name')})"
-    else:
-        old, new = before.get("options", {}), now.get("options", {})
-        names = sorted(name for name in {**old, **new} if old.get(name) != new.get(name))
-        kind = "other options (" + ", ".join(f"{name} {old.get(name)}, not {new.get(name)}" for name in names) + ")"
-    return f"was made with {kind}; give the same, or another --output, or begin anew with --overwrite"
+        return f"another model ({before.get('name')}, not {now.get('name')})"
+    if before.get("engine") != now.get("engine"):
+        return f"another engine or precision ({before.get('engine')}, not {now.get('engine')})"
+    old, new = before.get("options", {}), now.get("options", {})
+    names = sorted(name for name in {**old, **new} if old.get(name) != new.get(name))
+    said = ", ".join(f"{name} {old.get(name)}, not {new.get(name)}" for name in names)
+    return f"other options ({said})" if said else ""
 
 
 def _text(name: str) -> str | bytes:

@@ -8,7 +8,6 @@ the photos, in constant memory.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 import queue
 import threading
@@ -24,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from captioner import images
-from captioner.bulk.sources import Item, blocks
+from captioner.bulk.sources import Item, blocks, some
 from captioner.errors import ImageError
 from captioner.machine import processors
 
@@ -35,7 +34,8 @@ if TYPE_CHECKING:
 #: Photos that a worker takes at once. More are not faster, and take more memory.
 CHUNK = 64
 
-#: Bytes of photos in memory that a worker takes at once (those of Parquet files; others are read one at a time).
+#: Bytes of photos in memory that a worker takes at once (those of Parquet files and compressed shards; others are read
+#: one at a time).
 _CHUNK_BYTES = 32 << 20
 
 #: Seconds that threads have at the end to finish the photo that they are at.
@@ -164,18 +164,9 @@ def caption(
 
 def _chunks(items: Iterable[Item], workers: int) -> Iterator[list[Item]]:
     """Divide items into chunks; those that are too few for a full chunk a worker are divided equally."""
-    for block in blocks(iter(items), lambda rest: _block(rest, workers)):
+    for block in blocks(iter(items), lambda rest: some(rest, workers * CHUNK, workers * _CHUNK_BYTES)):
         size = min(CHUNK, math.ceil(len(block) / workers))
         yield from (block[start : start + size] for start in range(0, len(block), size))
-
-
-def _block(items: Iterator[Item], workers: int) -> Iterator[Item]:
-    size = 0
-    for item in itertools.islice(items, workers * CHUNK):
-        yield item
-        size += len(item.content) if isinstance(item.content, bytes) else 0
-        if size > workers * _CHUNK_BYTES:
-            return
 
 
 @dataclass

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from captioner import files
 from captioner.bulk import index, pipeline, sidecars, sources, writers
 from captioner.bulk.job import SIDECARS, Job
-from captioner.bulk.journal import Counts, Found, Journal, Result, Todo
+from captioner.bulk.journal import Counts, Found, Journal, Result, Row, Todo
 from captioner.bulk.pipeline import Model, Seconds
 from captioner.errors import CaptionerError, ImageError
 from captioner.machine import processors
@@ -41,15 +41,13 @@ class Provenance:
     name: str  # of the model, for people
     model: str  # a hash of its files
     options: DecodingOptions
-    engine: str = ""
+    engine: str = ""  # what computes, and how precisely; see `Captioner.engine_name`
 
     def as_json(self) -> dict[str, Any]:
         """For the journal, and for rows with details."""
-        options = {name: list(value) if isinstance(value, tuple) else value for name, value in self._options()}
+        options = dataclasses.asdict(self.options)
+        options = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
         return {"name": self.name, "model": self.model, "engine": self.engine, "options": options}
-
-    def _options(self) -> Iterator[tuple[str, Any]]:
-        yield from dataclasses.asdict(self.options).items()
 
 
 @dataclass
@@ -95,7 +93,9 @@ def run(job: Job, model: Model | Callable[[], Model], provenance: Provenance) ->
         Journal(job.journal_path(), provenance.as_json(), overwrite=job.overwrite) as journal,
         _signals() as received,
     ):
-        items = _wanted(job, provenance, report)
+        items = sources.find(job)
+        if job.skip_existing:
+            items = _without_sidecar(items, _rules(job, provenance), report)
         todo = journal.todo(items, retry_failed=job.retry_failed, by_content=job.by_content)
         seconds = Seconds()
         write_began = 0.0
@@ -130,19 +130,32 @@ def check(job: Job) -> None:
         sources.check(path, job)
     if not job.photos and job.list is None:
         raise CaptionerError("there is nothing to caption; give photos, folders, shards, or --list FILE")
-    if format_ in SIDECARS and any(path.lower().endswith((".tar", ".parquet")) for path in job.photos):
+    if format_ in SIDECARS and not all(map(sources.in_folder, job.photos)):
         raise CaptionerError("sidecars lie beside photos, and photos in a shard have no place; give --output FILE")
+    shards = _shards(job)
+    if format_ == "webdataset" and len(set(shards)) < len(shards):
+        twice = next(name for name in shards if shards.count(name) > 1)
+        raise CaptionerError(f"{twice}: is the name of two shards, and would be of both in the output; rename one")
+    if job.captions_only and format_ != "webdataset":
+        raise CaptionerError(f"--captions-only has no meaning for {format_}, which never holds photos; leave it out")
     journal = job.journal_path()
     if job.output is None:
         return
     if job.output.is_dir():
         raise CaptionerError(f"{job.output}: is a folder; give the name of a file")
-    if job.output.exists() and format_ != "sqlite" and not job.overwrite and not journal.exists():
+    first = writers.nth(job.output, 0) if format_ == "webdataset" else job.output
+    if first.exists() and format_ != "sqlite" and not job.overwrite and not journal.exists():
         raise CaptionerError(
-            f"{job.output}: is there, and no journal says what is in it; give another --output, or --overwrite"
+            f"{first}: is there, and no journal says what is in it; give another --output, or --overwrite"
         )
     if any(_same(job.output, Path(path)) for path in job.photos):
         raise CaptionerError(f"{job.output}: is one of the photos; give another --output")
+
+
+def _shards(job: Job) -> list[str]:
+    """The names of a job's shards, without their endings."""
+    names = [path.rsplit("/", 1)[-1] for path in job.photos if not sources.in_folder(path)]
+    return [name[: ending.start()] for name in names if (ending := sources.SHARD.search(name))]
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -158,11 +171,10 @@ def _rules(job: Job, provenance: Provenance) -> sidecars.Rules:
     return sidecars.Rules(format_, job.sidecar_names, job.overwrite, job.skip_existing, provenance.name)
 
 
-def _wanted(job: Job, provenance: Provenance, report: Report) -> Iterator[sources.Item]:
-    """The photos of a job, without those that have a sidecar already if these are to be skipped."""
-    rules = _rules(job, provenance) if job.skip_existing else None
-    for item in sources.find(job):
-        if rules is not None and item.error is None and sidecars.exists(item.image, rules):
+def _without_sidecar(items: Iterator[sources.Item], rules: sidecars.Rules, report: Report) -> Iterator[sources.Item]:
+    """The photos that have no sidecar yet; the others are counted."""
+    for item in items:
+        if item.error is None and sidecars.exists(item.image, rules):
             report.skipped += 1
         else:
             yield item
@@ -180,11 +192,10 @@ def _caption(
     report: Report,
 ) -> None:
     """Caption what is to be done, and commit it to the journal."""
-    results = _on_cluster if job.ray is not None else _here
     pending: list[Result] = []
     committed = time.monotonic()
     try:
-        for result in results(job, model, provenance, todo, seconds, lambda: bool(received)):
+        for result in _results(job, model, provenance, todo, seconds, lambda: bool(received)):
             pending.append(result)
             report.failed += isinstance(result[1], ImageError)
             report.captioned += not isinstance(result[1], ImageError)
@@ -196,7 +207,7 @@ def _caption(
         journal.record(pending)
 
 
-def _here(
+def _results(
     job: Job,
     model: Model | Callable[[], Model],
     provenance: Provenance,
@@ -204,45 +215,38 @@ def _here(
     seconds: Seconds,
     stopped: Callable[[], bool],
 ) -> Iterator[Result]:
+    """Caption on a cluster, or here."""
+    options, hashed = provenance.options, job.details or job.by_content
+    if job.ray is not None:
+        from captioner.bulk import cluster
+
+        assert callable(model), "a cluster loads the model itself"
+        yield from cluster.caption(
+            model,
+            todo,
+            options,
+            address=job.ray,
+            workers=job.workers,
+            timeout=job.timeout,
+            hashed=hashed,
+            now=_now,
+            stopped=stopped,
+        )
+        return
     wanted, ahead = itertools.tee(todo)
     results = pipeline.caption(
         model() if callable(model) else model,
         (each.item for each in wanted),
-        provenance.options,
+        options,
         workers=job.workers,
         timeout=job.timeout,
-        hashed=job.details or job.by_content,
+        hashed=hashed,
         seconds=seconds,
         stopped=stopped,
     )
     for (_, result), each in zip(results, ahead, strict=False):
         found = [Found(c.text, c.logprob, c.score, c.satisfied) for c in result.captions]
         yield each, result.error or found, result.sha256, _now()
-
-
-def _on_cluster(
-    job: Job,
-    model: Model | Callable[[], Model],
-    provenance: Provenance,
-    todo: Iterator[Todo],
-    seconds: Seconds,
-    stopped: Callable[[], bool],
-) -> Iterator[Result]:
-    from captioner.bulk import cluster
-
-    assert callable(model), "a cluster loads the model itself"
-    assert job.ray is not None
-    yield from cluster.caption(
-        model,
-        todo,
-        provenance.options,
-        address=job.ray,
-        workers=job.workers,
-        timeout=job.timeout,
-        hashed=job.details or job.by_content,
-        now=_now,
-        stopped=stopped,
-    )
 
 
 def _now() -> str:
@@ -253,19 +257,35 @@ def _write(job: Job, provenance: Provenance, journal: Journal, report: Report) -
     """Write the output from the journal, and the list of failures."""
     format_ = job.resolved_format()
     if format_ in SIDECARS:
-        report.failed += journal.refused(sidecars.write(journal.rows(), _rules(job, provenance)))
+        report.failed += journal.refused(sidecars.write(_rows(job, journal), _rules(job, provenance)))
     elif format_ == "sqlite":
         index.build(journal)
     else:
         assert job.output is not None
         options = provenance.options
         style = writers.Style(job.details, options.num_captions > 1, bool(options.required_words), provenance.as_json())
-        writers.write(format_, journal.rows(), job.output, style)
+        if format_ == "webdataset":
+            read = None if job.captions_only else sources.reader(job)
+            several = len(_shards(job)) > 1
+            left_out = writers.webdataset(_rows(job, journal), job.output, style, read, several=several)
+            report.failed += journal.refused(left_out)
+        else:
+            writers.write(format_, _rows(job, journal), job.output, style)
     journal_path = job.journal_path()
     name = (job.output or journal_path).name + ".failures.jsonl"
     report.failures = journal_path.with_name(name)
     if not writers.write_failures(journal.failures(), report.failures):
         report.failures = None
+
+
+def _rows(job: Job, journal: Journal) -> Iterator[Row]:
+    """The photos that have captions; a bar shows how many are written."""
+    total = journal.count()
+    with Progress("writing", total, "photos", shown=not job.quiet) as bar:
+        for number, row in enumerate(journal.rows()):
+            if number % _COMMIT_ROWS == 0:
+                bar.set(number, total)
+            yield row
 
 
 @contextmanager
@@ -292,17 +312,23 @@ def _signals() -> Iterator[list[int]]:
 
 @contextmanager
 def _progress(job: Job) -> Iterator[Callable[[int, int], None]]:
-    """A bar, or lines; how many photos there are is counted meanwhile."""
-    total = [0]
+    """A bar, or lines; how many photos there are is counted meanwhile, from when the first is captioned."""
+    total = 0
 
     def count() -> None:
+        nonlocal total
         with suppress(CaptionerError):  # the run itself says it
-            total[0] = sources.count(job)
+            total = sources.count(job)
 
-    if not job.quiet:
-        threading.Thread(target=count, daemon=True).start()
+    counting = threading.Thread(target=count, daemon=True)
     with Progress("captioning", 0, "photos", shown=not job.quiet) as bar:
-        yield lambda done, failed: bar.set(done, max(total[0], done), f"{failed:,} failed" if failed else "")
+
+        def show(done: int, failed: int) -> None:
+            if counting.ident is None and not job.quiet:
+                counting.start()
+            bar.set(done, max(total, done), f"{failed:,} failed" if failed else "")
+
+        yield show
 
 
 def summary(report: Report) -> str:
@@ -327,7 +353,8 @@ def summary(report: Report) -> str:
 def advice(report: Report) -> Iterator[str]:
     """How to go on, in a line each."""
     if report.interrupted:
-        yield f"stopped; {report.total:,} photos have captions; the same command goes on"
+        written = f", and writes {report.output} when all are done" if report.output is not None else ""
+        yield f"stopped; {report.total:,} photos have captions; the same command goes on{written}"
     elif report.output is not None:
         yield f"{report.output}: {report.total:,} photos"
     if report.failures is not None:

@@ -48,7 +48,7 @@ class Rules:
     model: str = ""  # whose captions they are
 
 
-def write(rows: Iterable[Row], rules: Rules) -> Iterator[tuple[str, ImageError]]:
+def write(rows: Iterable[Row], rules: Rules) -> Iterator[tuple[Row, ImageError]]:
     """Write a sidecar for each row.
 
     Yields:
@@ -61,12 +61,9 @@ def write(rows: Iterable[Row], rules: Rules) -> Iterator[tuple[str, ImageError]]
             if new is not None:
                 files.write(path, new, durable=False)
         except ImageError as error:
-            yield row.image, error
+            yield row, error
         except OSError as error:
-            yield (
-                row.image,
-                ImageError(f"{path}: cannot be written ({error.strerror}); change its folder's permissions"),
-            )
+            yield row, ImageError(f"{path}: cannot be written ({error.strerror}); change its folder's permissions")
 
 
 def path_of(image: str, rules: Rules) -> Path:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import itertools
 import os
 import re
 import stat
 import sys
+import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +23,12 @@ from typing import IO, Any, NamedTuple
 from captioner import images
 from captioner.bulk.job import Job
 from captioner.errors import CaptionerError, ImageError, missing_extra
+
+#: The ending of a WebDataset shard, at the end of a path or before a slash, behind which a member is named.
+SHARD = re.compile(r"\.(?:tar(\.(?:gz|bz2|xz|zst))?|(tgz|tbz2?|txz|tzst))(?=/|$)", re.IGNORECASE)
+
+#: A photo in a compressed shard is decompressed into memory up to so many bytes.
+_LARGEST = 512 << 20
 
 #: Parquet columns that hold photos, in the order in which they are looked for.
 _COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "photo", "bytes", "content", "image_bytes")
@@ -47,9 +56,14 @@ class Item(NamedTuple):
     id: str  # stays the same from run to run: an absolute path
     image: str  # path as found; in a shard, "shard.tar/member.jpg"; in Parquet, "file.parquet/row"
     content: str | bytes | Slice | Remote  # the photo, or the path of its file
-    size: int = -1  # bytes; -1 where there is no file
+    size: int = -1  # bytes; -1 where that is not known
     modified: int = -1  # time of the last change, nanoseconds since 1970
     error: ImageError | None = None  # why there is no photo
+
+    @property
+    def held(self) -> int:
+        """Bytes of the photo that are in memory."""
+        return len(self.content) if isinstance(self.content, bytes) else 0
 
     def read(self) -> str | bytes:
         """The content in a form that `images.load` takes; a file is named and not read.
@@ -95,6 +109,54 @@ def find(job: Job) -> Iterator[Item]:
         yield from listed(job.list)
 
 
+def reader(job: Job) -> Callable[[str], bytes]:
+    """A function that reads photos of a job once more, by their ids, in the order of the job.
+
+    Files are opened by their paths. Shards and Parquet files are gone through once, along with the ids. The function
+    raises an `ImageError` for a photo that cannot be read any more.
+    """
+    inside = (item for path in job.photos if _source(path) in (shard, parquet) for item in _source(path)(path, job))
+
+    def read(id_: str) -> bytes:
+        try:
+            if _is_remote(id_):
+                item = Item(id_, id_, Remote(id_))
+            elif _is_inside(id_):
+                gone = ImageError(f"{id_}: is not there any more; give the same command again", "missing")
+                item = next((item for item in inside if item.id == id_), Item(id_, id_, b"", error=gone))
+            else:
+                return images.read(id_)
+            if item.error is not None:
+                raise item.error
+            content = item.read()
+        except OSError as error:
+            raise ImageError(f"{id_}: cannot be read ({error.strerror or error}); see to its place") from None
+        assert isinstance(content, bytes)
+        return content
+
+    return read
+
+
+def _is_inside(id_: str) -> bool:
+    """Whether a path leads into a file, as if the file were a folder."""
+    try:
+        os.stat(id_)  # noqa: PTH116
+    except NotADirectoryError:
+        return True
+    except (OSError, ValueError):
+        pass
+    return False
+
+
+def some(items: Iterator[Item], count: int, size: int) -> Iterator[Item]:
+    """The next items: so many, or fewer if the photos that they hold in memory have more bytes than `size`."""
+    for item in itertools.islice(items, count):
+        yield item
+        size -= item.held
+        if size < 0:
+            return
+
+
 def blocks(items: Iterator[Item], part: Callable[[Iterator[Item]], Iterable[Item]]) -> Iterator[list[Item]]:
     """Divide items into lists; a source that ends in an error yields what came before it first.
 
@@ -116,12 +178,14 @@ def blocks(items: Iterator[Item], part: Callable[[Iterator[Item]], Iterable[Item
 
 
 def count(job: Job) -> int:
-    """How many photos a job has, as far as that is quickly told: rows of Parquet files are not decoded for it."""
+    """How many photos a job has, as far as that is quickly told: those in compressed shards are not counted."""
     total = 0
     for path in job.photos:
         source = _source(path)
         if source is parquet:
             total += _parquet_file(path).metadata.num_rows
+        elif source is shard and _is_packed(path):
+            continue
         elif source is folder:
             total += sum(1 for _ in _walk(path, job))
         else:
@@ -136,12 +200,19 @@ def holds_many(path: str) -> bool:
     return _source(path) is not file
 
 
+def in_folder(path: str) -> bool:
+    """Whether the photos that a user's path leads to are files of their own on this machine."""
+    return _source(path) in (file, folder)
+
+
 def check(path: str, job: Job) -> None:
     """Refuse a path that a user gave and that leads to no photo, before work begins on others.
 
     Raises:
         ImageError: it is not there or may not be looked at, or is a folder without a photo.
+        CaptionerError: it is a shard that is compressed in a way that cannot be read.
     """
+    _source(path)
     if not _is_remote(path) and images.is_folder(Path(path)) and next(_walk(path, job), None) is None:
         raise images.no_photo(path)
 
@@ -151,10 +222,17 @@ def _source(path: str) -> Callable[[str, Job], Iterator[Item]]:
         return remote
     if os.path.isdir(path):  # noqa: PTH112
         return folder
-    ending = os.path.splitext(path)[1].lower()  # noqa: PTH122
-    if re.search(r"\.tar\.\w+$|\.tgz$", path.lower()):
-        raise CaptionerError(f"{path}: is a compressed shard; decompress it first")
-    return {".tar": shard, ".parquet": parquet}.get(ending, file)
+    if path.lower().endswith(".parquet"):
+        return parquet
+    if not SHARD.search(os.path.basename(path)):  # noqa: PTH119
+        return file
+    if path.lower().endswith("zst") and sys.version_info < (3, 14):
+        raise CaptionerError(f"{path}: is compressed as this Python cannot read it (3.14 can); decompress it: zstd -d")
+    return shard
+
+
+def _is_packed(path: str) -> bool:
+    return not path.lower().endswith(".tar")
 
 
 def file(path: str, job: Job) -> Iterator[Item]:
@@ -240,37 +318,54 @@ def _of_file(path: str, id_: str) -> Item:
     return Item(id_, path, path, size, status.st_mtime_ns)
 
 
+class _Member(tarfile.TarInfo):
+    """A member of a tar. One whose header is broken is an error; tarfile by itself takes it for the end of the tar."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> _Member:
+        try:
+            return super().fromtarfile(tarfile_)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(str(error)) from None
+
+
 def shard(path: str, job: Job) -> Iterator[Item]:
-    """The photos in a WebDataset shard, which is a tar; workers read them from it, and nothing is unpacked.
+    """The photos in a WebDataset shard, which is a tar; nothing is unpacked into files.
 
-    A shard that breaks off yields the photos before its end, and an error.
+    Workers read photos from the tar where they lie; those of a compressed one are passed on in memory. A shard that
+    breaks off yields the photos before its end, and an error.
     """
-    import tarfile
-
-    absolute = os.path.abspath(path)  # noqa: PTH100
+    absolute, packed = os.path.abspath(path), _is_packed(path)  # noqa: PTH100
     try:
         status = os.stat(path)  # noqa: PTH116
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r|*" if packed else "r:", tarinfo=_Member) as tar:
             while (member := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # which tarfile would keep in memory
                 ending = os.path.splitext(member.name)[1].lower()  # noqa: PTH122
                 if ending not in images.EXTENSIONS or member.isdir():
                     continue
                 name = f"{path}/{member.name}"
-                part = Slice(path, member.offset_data, member.size)
-                whole = member.offset_data + member.size <= status.st_size
+                content: bytes | Slice = b""
                 error = None
                 if not member.isreg() or member.sparse is not None:
                     error = ImageError(f"{name}: is a link or no plain file; put the photo itself there", "special")
-                elif not whole:
-                    error = ImageError(f"{name}: lies beyond the end of the shard; fetch the shard again", "damaged")
-                yield Item(f"{absolute}/{member.name}", name, part, member.size, status.st_mtime_ns, error)
-                if not whole:
+                elif packed and member.size > _LARGEST:
+                    error = ImageError(f"{name}: has more than {_LARGEST >> 20} MiB; decompress the shard", "too large")
+                elif packed:
+                    unpacked = tar.extractfile(member)
+                    assert unpacked is not None
+                    content = unpacked.read()
+                elif member.offset_data + member.size > status.st_size:
+                    said = f"{name}: lies beyond the end of the shard; fetch the shard again"
+                    yield Item(f"{absolute}/{member.name}", name, b"", error=ImageError(said, "damaged"))
                     return
-    except (OSError, tarfile.TarError, EOFError, ValueError) as error:
+                else:
+                    content = Slice(path, member.offset_data, member.size)
+                yield Item(f"{absolute}/{member.name}", name, content, member.size, status.st_mtime_ns, error)
+    except (OSError, tarfile.TarError, EOFError, ValueError, zlib.error) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        said = ImageError(f"{path}: is no tar, or is damaged ({reason}); fetch the shard again", "damaged")
-        yield Item(absolute, path, path, error=said)
+        said = f"{path}: is no tar, or is damaged ({reason}); fetch the shard again"
+        yield Item(absolute, path, path, error=ImageError(said, "damaged"))
 
 
 def _is_remote(path: str) -> bool:

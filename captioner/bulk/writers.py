@@ -1,7 +1,7 @@
 """Captions -> one file: JSON lines, CSV, Parquet, COCO's result format, or a WebDataset shard.
 
 A writer is a function that takes rows in the order of the source and writes them to a file. The file has its name only
-once it is complete. The same rows give the same bytes.
+once it is complete. The same rows (and photos) give the same bytes.
 """
 
 from __future__ import annotations
@@ -13,18 +13,26 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from captioner import images
 from captioner.bulk.job import Format
 from captioner.bulk.journal import Found, Row
-from captioner.errors import CaptionerError, missing_extra
+from captioner.bulk.sources import SHARD
+from captioner.errors import CaptionerError, ImageError, missing_extra
 
 #: Rows that are compressed together in a Parquet file.
 _ROW_GROUP = 10_000
+
+#: Photos in a WebDataset shard, where the output is several.
+_SHARD = 10_000
+
+#: The place of a shard's number in a name.
+_NUMBER = re.compile(r"%0?(\d?)d")
 
 
 @dataclass(frozen=True)
@@ -128,21 +136,98 @@ def coco_id(image: str) -> int | str:
     return int(number[1]) if number else stem
 
 
-def _webdataset(rows: Iterator[Row], path: Path, style: Style) -> None:
-    """A shard with a `.txt` and a `.json` for each photo.
+def webdataset(
+    rows: Iterable[Row], path: Path, style: Style, read: Callable[[str], bytes] | None, *, several: bool = False
+) -> Iterator[tuple[Row, ImageError]]:
+    """Write each photo, its caption (`.txt`) and its row (`.json`) under one key, with one photo in memory.
 
-    Photos of a shard keep their key, so that both shards can be read side by side; others are numbered.
+    A photo of a shard keeps its name, others are numbered.
+
+    Args:
+        rows: photos that have captions.
+        path: the shard; with %05d or the like in its name, as many as are needed, each with `_SHARD` photos.
+        style: of the rows.
+        read: reads a photo by its id; none leaves the photos out.
+        several: photos of shards are put into a folder named after their shard, since shards may have names in common.
+
+    Yields:
+        Photos that cannot be read any more or have changed, and are left out.
     """
+    numbered = enumerate(rows)
+    for shard in itertools.count():
+        some = itertools.islice(numbered, _SHARD) if is_numbered(path) else numbered
+        first = next(some, None)
+        if first is None and shard:
+            break
+        yield from _shard(itertools.chain([first] if first else [], some), nth(path, shard), style, read, several)
+        if not is_numbered(path):
+            return
+    while (left := nth(path, shard)).exists():  # of an earlier run that had more photos
+        left.unlink()
+        shard += 1
+
+
+def is_numbered(path: Path) -> bool:
+    """Whether the name of an output stands for several, as `captions-%05d.tar` does."""
+    return len(_NUMBER.findall(path.name)) == 1
+
+
+def nth(path: Path, number: int) -> Path:
+    """A shard's path: `captions-%05d.tar` -> `captions-00000.tar`; one without a place for a number stays as it is."""
+    if not is_numbered(path):
+        return path
+    return path.with_name(_NUMBER.sub(lambda place: f"{number:0{place[1] or 1}}", path.name))
+
+
+def _shard(
+    numbered: Iterable[tuple[int, Row]],
+    path: Path,
+    style: Style,
+    read: Callable[[str], bytes] | None,
+    several: bool,
+) -> Iterator[tuple[Row, ImageError]]:
     with whole(path) as file, tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as tar:
-        for number, row in enumerate(rows):
-            _, in_shard, member = row.image.partition(".tar/")
-            key = re.sub(r"(?<=[^/])\.[^/]*$", "", member) if in_shard else f"{number:09}"
-            described = as_json(as_dict(row, style)).encode()
-            for ending, content in (("json", described), ("txt", row.captions[0].text.encode())):
-                info = tarfile.TarInfo(f"{key}.{ending}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+
+        def add(name: str, content: bytes) -> None:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
             tar.members = []  # type: ignore[attr-defined]  # which tarfile would keep in memory
+
+        last = ""
+        for number, row in numbered:
+            try:
+                photo = b"" if read is None else _unchanged(row, read)
+                name = _name(row, number, photo, several)
+            except ImageError as error:
+                yield row, error
+                continue
+            key = re.sub(r"(?<=[^/])\.[^/]*$", "", name)
+            # The second photo under a key, as 1.png after 1.jpg, has its caption in 1.png.txt.
+            stem, last = (name, last) if key == last else (key, key)
+            if read is not None:
+                add(name, photo)
+            add(f"{stem}.json", as_json(as_dict(row, style)).encode())
+            add(f"{stem}.txt", row.captions[0].text.encode())
+
+
+def _unchanged(row: Row, read: Callable[[str], bytes]) -> bytes:
+    photo = read(row.id)
+    if row.size not in (-1, len(photo)):
+        raise ImageError(f"{row.image}: has changed since it was captioned; give the same command again", "changed")
+    return photo
+
+
+def _name(row: Row, number: int, photo: bytes, several: bool) -> str:
+    """The name of a photo in the shard that is written."""
+    if shard := SHARD.search(row.image):
+        member = row.image[shard.end() + 1 :]
+        if ".." not in member.split("/") and not member.startswith("/"):  # such names leave the folder of the user
+            return f"{row.image[: shard.start()].rsplit('/', 1)[-1]}/{member}" if several else member
+    ending = os.path.splitext(row.image)[1].lower()  # noqa: PTH122
+    if ending not in images.EXTENSIONS:
+        ending = images.ending(photo) if photo else ""
+    return f"{number:09}{ending}"
 
 
 def _parquet(rows: Iterator[Row], path: Path, style: Style) -> None:
@@ -184,7 +269,6 @@ _WRITERS: dict[str, Callable[[Iterator[Row], Path, Style], None]] = {
     "csv": _csv,
     "parquet": _parquet,
     "coco": _coco,
-    "webdataset": _webdataset,
 }
 
 

@@ -34,14 +34,15 @@ class CaptionArguments:
         tyro.conf.Positional,
         tyro.conf.arg(
             metavar="[PATH ...]",
-            help="photos, folders of photos, WebDataset shards (.tar), or Parquet files with photos",
+            help="photos, folders of photos, WebDataset shards (.tar, .tar.gz), or Parquet files with photos",
             help_behavior_hint="",
         ),
     ] = ()
     model: str = "mini"  # folder of a saved model or of a training run, owner/name on the Hugging Face Hub, or "mini"
     # "text": sentences; "txt" and "xmp": a file beside each photo; by default as the output's ending says, or text
     format: Literal["text", "jsonl", "csv", "parquet", "coco", "webdataset", "sqlite", "txt", "xmp"] | None = None
-    output: Path | None = None  # file to write to, instead of standard output; a run that was stopped goes on
+    # file to write when all photos are done, instead of standard output; a run that was stopped goes on
+    output: Path | None = None
     explain: bool = False  # show the search: every word that was considered, as a tree
     engine: Annotated[EngineArguments, tyro.conf.arg(name="")] = field(default_factory=EngineArguments)
     many: Annotated[Options, tyro.conf.arg(name="")] = field(default_factory=Options)
@@ -108,7 +109,7 @@ def _bulk(job: Job, chosen: CaptionArguments) -> int:
         name=chosen.model,
         model=run.model_sha256(hub.find(chosen.model)),
         options=options,
-        engine=type(captioner.engine).__name__,
+        engine=captioner.engine_name,
     )
     # Machines of a cluster load the model themselves: one in the package, or in a folder that all of them see.
     load = functools.partial(chosen.engine.load, chosen.model) if job.ray is not None else None

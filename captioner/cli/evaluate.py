@@ -93,25 +93,17 @@ def _evaluations(chosen: EvaluateArguments) -> list[Evaluation]:
 
     idf = None if chosen.idf is None else evaluation.read_idf(chosen.idf)
     meteor = evaluation.load_meteor() if chosen.meteor else False
+    measures = evaluation.Measures(idf, chosen.statistics, meteor, chosen.java)
     if chosen.model is None:
         assert chosen.references is not None
         references = evaluation.read_references(chosen.references, chosen.split, on_problem=chosen.on_problem)
-        return [
-            evaluation.evaluate_results(
-                path, references, idf=idf, statistics=chosen.statistics, meteor=meteor, java=chosen.java
-            )
-            for path in chosen.results
-        ]
+        return [evaluation.evaluate_results(path, references, measures) for path in chosen.results]
     assert chosen.data is not None
     captioner = chosen.engine.load(chosen.model)
     captioner.options = search_options(captioner, chosen.search)
     data = DataConfig(data=chosen.data, images=chosen.images, on_problem=chosen.on_problem, features=chosen.features)
     split = chosen.split or "val"
-    return [
-        evaluation.evaluate_model(
-            captioner, data, split, idf=idf, statistics=chosen.statistics, meteor=meteor, java=chosen.java
-        )
-    ]
+    return [evaluation.evaluate_model(captioner, data, split, measures)]
 
 
 def _check(chosen: EvaluateArguments) -> None:

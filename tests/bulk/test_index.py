@@ -1,5 +1,7 @@
 """A library is searched by words as people type them, and its page shows what was found."""
 
+import os
+import random
 import re
 import sqlite3
 
@@ -56,6 +58,8 @@ def library(tmp_path_factory):
         ("elephant", []),
         ("dog's", []),
         ("a", [0, 1, 2, 3, 4]),
+        ("a NOT dog", [2, 3, 4]),
+        ("(the) OR bus", [0, 3]),
         ("best:dog", []),  # columns, wildcards and other signs of FTS5 are words
         ("dog*", [0, 1, 2]),
         ("NEAR(dog beach)", []),
@@ -90,6 +94,7 @@ def test_queries_in_the_words_of_fts5():
     assert understood("a dog on the beach") == '"dog" AND "beach"'
     assert understood('"a dog" OR (cat car)') == '"a dog" OR ( "cat" AND "car" )'
     assert understood("the") == '"the"'
+    assert understood("the dog OR (a) NOT on the beach") == '"dog" OR ( "a" ) NOT "beach"'
 
 
 def test_a_library_that_is_none(tmp_path):
@@ -118,6 +123,70 @@ def test_the_index_follows_the_photos(tmp_path):
     run.run(job, Told(), provenance())
     assert search(tmp_path / "x.db", "dog") == []
     assert [hit.caption for hit in search(tmp_path / "x.db", "bus")] == [TEXTS[3][0]]
+
+
+def rows_of(library):
+    base = sqlite3.connect(library)
+    (count,) = base.execute("SELECT COUNT(*) FROM search_docsize WHERE id % 2 = 0").fetchone()
+    base.close()
+    return count
+
+
+def test_the_index_is_that_of_the_photos_that_are_there_whatever_happened_before(tmp_path):
+    album, library = tmp_path / "album", tmp_path / "x.db"
+    job = Job(photos=(str(album),), output=library, quiet=True)
+    chance = random.Random(0)
+    shown = {}  # photo -> number of its text
+    for round_ in range(25):
+        for _ in range(3 if round_ else 30):  # new photos, and others that change, some to what they were once
+            number = chance.randrange(40)
+            shown[number] = chance.randrange(len(TEXTS))
+            photo(album / f"{number:02}.png", shown[number])
+            os.utime(album / f"{number:02}.png", ns=(shown[number], shown[number]))
+        if round_ % 3 == 1:
+            gone = chance.choice(list(shown))
+            (album / f"{gone:02}.png").rename(tmp_path / "gone.png")
+            away = shown.pop(gone)
+        elif round_ % 3 == 2 and not (album / f"{gone:02}.png").exists():
+            (tmp_path / "gone.png").rename(album / f"{gone:02}.png")
+            shown[gone] = away
+        run.run(job, Told(), provenance(num_captions=2))
+        for word in ("dog", "bus", "cats", "puppy"):
+            found = sorted(int(hit.path[-6:-4]) for hit in search(library, word, 100))
+            stem = word.rstrip("s")
+            texts = {n for n, each in enumerate(TEXTS) if re.search(rf"\b{stem}", " ".join(each))}
+            assert found == sorted(n for n, text in shown.items() if text in texts), (round_, word)
+        assert len(shown) <= rows_of(library) <= 1.1 * len(shown) + 1
+
+
+def test_only_new_captions_are_indexed(tmp_path):
+    album, library = tmp_path / "album", tmp_path / "x.db"
+    for number in range(30):
+        photo(album / f"{number:02}.png", 0)
+    job = Job(photos=(str(album),), output=library, quiet=True)
+    run.run(job, Told(), provenance())
+    base = sqlite3.connect(library)  # a word that would be lost if the index were made anew
+    base.execute("INSERT INTO search (rowid, text) VALUES (3, 'canary')")
+    base.commit()
+    base.close()
+    photo(album / "30.png", 3)
+    run.run(job, Told(), provenance())
+    assert [hit.path[-6:-4] for hit in search(library, "bus")] == ["30"]
+    assert [hit.path[-6:-4] for hit in search(library, "canary")] == ["00"]
+    for number in range(5):
+        photo(album / f"{number:02}.png", 4)
+        os.utime(album / f"{number:02}.png", ns=(1, 1))
+    run.run(job, Told(), provenance())
+    assert search(library, "canary") == []
+    assert rows_of(library) == 31
+
+
+def test_a_phrase_does_not_reach_from_one_caption_into_the_next(tmp_path):
+    photo(tmp_path / "album" / "2.png", 2)
+    job = Job(photos=(str(tmp_path / "album"),), output=tmp_path / "x.db", quiet=True)
+    run.run(job, Told(), provenance(num_captions=2))
+    assert len(search(tmp_path / "x.db", '"with a surfboard" "a dog"')) == 1
+    assert search(tmp_path / "x.db", '"surfboard a dog"') == []
 
 
 def test_the_page_is_whole_in_itself(tmp_path):

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import sqlite3
+import tarfile
 import time
 import traceback
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from fake import Fake, photo, provenance
 
-from captioner.bulk import pipeline, run
+from captioner.bulk import pipeline, run, writers
 from captioner.bulk.index import search
 from captioner.bulk.job import Job
 
@@ -21,6 +22,7 @@ FORMATS = {
     "parquet": "out.parquet",
     "coco": "out.json",
     "webdataset": "out.tar",
+    "webdataset of shards": "out-%02d.tar",
     "sqlite": "out.db",
     "txt": None,
     "xmp": None,
@@ -37,6 +39,16 @@ def album(tmp_path_factory):
         if number in (0, 17, 29):
             path.write_bytes(b"no photo")
     return folder
+
+
+def packed(album, folder):
+    """The same photos in shards, one of which is compressed."""
+    paths = sorted(album.rglob("*.bmp"))
+    for name, mode, some in (("0.tar.gz", "w:gz", paths[:20]), ("1.tar", "w", paths[20:])):
+        with tarfile.open(folder / name, mode) as tar:
+            for path in some:
+                tar.add(path, path.name)
+    return str(folder / "0.tar.gz"), str(folder / "1.tar")
 
 
 def start(job):
@@ -64,11 +76,22 @@ def result(job, folder):
         base.close()
         found = [hit.image for hit in search(job.output, "blue", 100)]
         return rows, sorted(found)
+    if job.format == "webdataset":
+        return {path.name: path.read_bytes() for path in job.output.parent.glob("out*.tar")}
     return job.output.read_bytes()
 
 
+def contents(shards):
+    """The photos in shards, in their order."""
+    found = []
+    for shard in shards:
+        with tarfile.open(shard) as tar:
+            found += [tar.extractfile(member).read() for member in tar if member.name.endswith(".bmp")]
+    return found
+
+
 def clean(job, folder, home):
-    for path in [*folder.rglob("*.txt"), *folder.rglob("*.xmp"), *folder.glob(".captioner*"), *home.glob("out.*")]:
+    for path in [*folder.rglob("*.txt"), *folder.rglob("*.xmp"), *folder.glob(".captioner*"), *home.glob("out*")]:
         path.unlink()
 
 
@@ -78,8 +101,10 @@ def test_killed_at_random_moments(album, tmp_path, monkeypatch, format_):
         pytest.importorskip("pyarrow.parquet")
     monkeypatch.setattr(pipeline, "CHUNK", 3)
     monkeypatch.setattr(run, "_COMMIT_ROWS", 4)
+    monkeypatch.setattr(writers, "_SHARD", 10)
     output = FORMATS[format_] and tmp_path / FORMATS[format_]
-    job = Job(photos=(str(album),), output=output, format=format_, quiet=True, workers=2)
+    photos = packed(album, tmp_path) if format_ == "webdataset of shards" else (str(album),)
+    job = Job(photos=photos, output=output, format=format_.partition(" ")[0], quiet=True, workers=2)
     clean(job, album, tmp_path)
     began = time.monotonic()
     assert os.waitstatus_to_exitcode(os.waitpid(start(job), 0)[1]) == 1
@@ -87,6 +112,9 @@ def test_killed_at_random_moments(album, tmp_path, monkeypatch, format_):
     expected = result(job, album)
     failures = next(path for place in (tmp_path, album) for path in place.glob("*.failures.jsonl")).read_bytes()
     assert failures.count(b"\n") == 3
+    if job.format == "webdataset":
+        good = [path.read_bytes() for path in sorted(album.rglob("*.bmp")) if path.stat().st_size > 10]
+        assert contents(sorted(tmp_path.glob("out*.tar"))) == good
     moments = random.Random(format_)
     resumed = 0
     for _ in range(int(os.environ.get("KILLS", KILLS))):

@@ -1,5 +1,6 @@
 """A bulk run from start to end: what it does again, what it leaves, what it says, and how it stops."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -7,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from pathlib import Path
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 from fake import Fake, caption, photo, provenance
 
+from captioner import images
 from captioner.bulk import journal, pipeline, run, writers
 from captioner.bulk.job import Job
 from captioner.errors import CaptionerError
@@ -168,7 +171,11 @@ def test_another_model_or_other_options_are_refused(album, output):
         caption_all(album, output, options=provenance(model="other"))
     with pytest.raises(CaptionerError, match=r"was made with other options \(beam_size 3, not 5\); give the same, or"):
         caption_all(album, output, options=provenance(beam_size=5))
+    precise = dataclasses.replace(provenance(), engine="torch, float32")
+    with pytest.raises(CaptionerError, match=r"was made with another engine or precision \(fake, not torch, float32\)"):
+        caption_all(album, output, options=precise)
     assert output.read_bytes() == before
+    assert caption_all(album, output, options=dataclasses.replace(provenance(), name="the same, elsewhere"))[1] == 0
     _, seen, _ = caption_all(album, output, options=provenance(beam_size=5), overwrite=True)
     assert seen == 12
 
@@ -224,7 +231,8 @@ def test_a_signal_finishes_the_photos_in_hand(album, output, monkeypatch, number
     assert 0 < report.captioned < 12
     assert report.total == report.captioned
     assert not output.exists()
-    assert next(run.advice(report)) == f"stopped; {report.captioned} photos have captions; the same command goes on"
+    said = f"stopped; {report.captioned} photos have captions; the same command goes on, and writes {output} when all"
+    assert next(run.advice(report)) == f"{said} are done"
     later, seen, written = caption_all(album, output)
     assert later.status == 0
     assert seen == 12 - report.captioned
@@ -275,6 +283,41 @@ def test_an_error_of_the_source_loses_nothing(album, output, tmp_path):
     assert caption_all(album, output)[1] == 0
 
 
+def test_a_data_set_of_folders_shards_and_parquet(album, tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    paths = sorted(album.iterdir())
+    with tarfile.open(tmp_path / "00.tar.gz", "w:gz") as tar:
+        for path in paths[4:8]:
+            tar.add(path, f"x/{path.name}")
+    parquet.write_table(pa.table({"image": [path.read_bytes() for path in paths[8:]]}), tmp_path / "a.parquet")
+    for path in paths[4:]:
+        path.unlink()
+    (album / "01.png").write_bytes(b"no photo")
+    output = tmp_path / "out.tar"
+    photos = (str(album), str(tmp_path / "a.parquet"), str(tmp_path / "00.tar.gz"))
+    job = Job(photos=photos, output=output, quiet=True, workers=1)
+
+    class Rash(Fake):
+        """Does away with a photo that has been read."""
+
+        def describe(self, features, options=None):
+            (album / "03.png").unlink(missing_ok=True)
+            return super().describe(features, options)
+
+    report = run.run(job, Rash(), provenance())
+    assert report.failed == 2
+    assert [row["class"] for row in rows(report.failures)] == ["not a photo", "missing"]
+    with tarfile.open(output) as tar:
+        found = {member.name: tar.extractfile(member).read() for member in tar}
+    keys = [*(f"{n:09}" for n in (0, 1, 3, 4, 5, 6)), *(f"x/{n:02}" for n in range(4, 8))]
+    assert list(found) == [f"{key}.{ending}" for key in keys for ending in ("png", "json", "txt")]
+    for key in keys:
+        colour = images.load(found[f"{key}.png"], 1)[:, 0, 0]
+        assert found[f"{key}.txt"].decode() == caption(*colour).text
+
+
 def test_details(album, output):
     _, _, written = caption_all(album, output, details=True, options=provenance(num_captions=2))
     row = written[3]
@@ -295,12 +338,16 @@ def test_details(album, output):
         ({"photos": ("photo.png",), "format": "xmp"}, "the journal has no place; give --journal FILE, or a folder"),
         ({"output": Path()}, "is a folder; give the name of a file"),
         ({"output": Path("album"), "format": "csv"}, "is a folder; give the name of a file"),
+        ({"output": Path("a.csv"), "captions_only": True}, "--captions-only has no meaning for csv, which never holds"),
+        ({"output": Path("out-%02d.tar")}, r"out-00\.tar: is there, and no journal says what is in it"),
+        ({"output": Path("b.tar"), "photos": ("a.tar", "album/../a.tar.gz")}, "a: is the name of two shards"),
         ({"output": Path("album/00.png"), "format": "csv", "overwrite": True}, "is one of the photos"),
     ],
 )
 def test_jobs_that_are_not_possible(album, monkeypatch, settings, said):
     monkeypatch.chdir(album.parent)
-    Path("a.tar").touch()
+    for name in ("a.tar", "a.tar.gz", "out-00.tar"):
+        Path(name).touch()
     photo("photo.png")
     if "photos" not in settings:
         settings = {"photos": ("album/00.png",), **settings}
@@ -338,8 +385,8 @@ def test_progress_counts_what_is_done(album, output, monkeypatch):
     shown = []
 
     class Bar:
-        def __init__(self, *arguments, **options):
-            pass
+        def __init__(self, title, *arguments, **options):
+            self.title = title
 
         def __enter__(self):
             return self
@@ -348,7 +395,7 @@ def test_progress_counts_what_is_done(album, output, monkeypatch):
             pass
 
         def set(self, done, total, note=""):
-            shown.append((done, total, note))
+            shown.append((self.title, done, total, note))
 
     monkeypatch.setattr(run, "Progress", Bar)
     monkeypatch.setattr(run, "_COMMIT_ROWS", 3)
@@ -356,6 +403,8 @@ def test_progress_counts_what_is_done(album, output, monkeypatch):
     job = Job(photos=(str(album),), output=output)
     time.sleep(0.01)
     run.run(job, Fake(delay=0.005), provenance())
-    assert [done for done, _, _ in shown] == [3, 6, 9, 12]
-    assert all(total >= done for done, total, _ in shown)
-    assert shown[-1][2] == "1 failed"
+    captioned = [done for title, done, _, _ in shown if title == "captioning"]
+    assert captioned == [3, 6, 9, 12]
+    assert [(done, total) for title, done, total, _ in shown if title == "writing"] == [(n, 11) for n in (0, 3, 6, 9)]
+    assert all(total >= done for _, done, total, _ in shown)
+    assert shown[len(captioned) - 1][-1] == "1 failed"

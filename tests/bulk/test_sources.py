@@ -1,7 +1,12 @@
 """Photos are found wherever they are, in an order that stays, and places that cannot be read are said."""
 
+import bz2
+import gzip
 import io
+import lzma
 import os
+import random
+import sys
 import tarfile
 from pathlib import Path
 
@@ -9,8 +14,9 @@ import pytest
 from fake import photo
 
 from captioner import images
-from captioner.bulk import sources
+from captioner.bulk import cluster, sources
 from captioner.bulk.job import Job
+from captioner.bulk.journal import Todo
 from captioner.errors import CaptionerError, ImageError
 
 
@@ -142,12 +148,99 @@ def test_a_shard_that_breaks_off(shard):
     assert len(items) == 5
     assert items[-1].error.kind == "damaged"
     assert "lies beyond the end of the shard" in str(items[-1].error)
+    shard.write_bytes(whole[: last.content.offset - 10])  # within a header
+    assert [item.error is not None for item in found(shard)] == [False, False, False, True, True]
+    broken = bytearray(whole)
+    broken[last.content.offset - 512] ^= 1
+    shard.write_bytes(broken)
+    assert [item.error is not None for item in found(shard)] == [False, False, False, True, True]
     for content in (b"", b"no tar at all" * 100, whole[:100]):
         shard.write_bytes(content)
         assert [item.error is not None for item in found(shard)] == [True]
-    shard.rename(shard.with_suffix(".tar.gz"))
-    with pytest.raises(CaptionerError, match="is a compressed shard; decompress it first"):
-        found(shard.with_suffix(".tar.gz"))
+
+
+PACKED = {".tar.gz": gzip.compress, ".tgz": gzip.compress, ".tar.bz2": bz2.compress, ".TAR.XZ": lzma.compress}
+
+
+@pytest.mark.parametrize("ending", PACKED)
+def test_a_compressed_shard(shard, ending):
+    plain = found(shard)
+    whole = PACKED[ending](shard.read_bytes())
+    packed = shard.with_name("00" + ending)
+    packed.write_bytes(whole)
+    items = found(packed)
+    assert [item.image for item in items] == [item.image.replace(str(shard), str(packed)) for item in plain]
+    assert [item.size for item in items] == [item.size for item in plain]
+    assert [item.read() for item in items if not item.error] == [item.read() for item in plain if not item.error]
+    assert items[3].error.kind == "special"
+    assert sources.count(Job(photos=(str(packed), str(shard)))) == 5  # those of the other
+    packed.write_bytes(whole[:50] + bytes(20) + whole[70:])
+    assert found(packed)[-1].error.kind == "damaged"
+
+
+@pytest.mark.parametrize("ending", PACKED)
+def test_a_compressed_shard_that_breaks_off(tmp_path, ending):
+    plain = tmp_path / "00.tar"
+    with tarfile.open(plain, "w") as tar:
+        for number in range(6):
+            add(tar, f"{number}.png", random.Random(number).randbytes(700))
+    packed = tmp_path / f"00{ending}"
+    whole = PACKED[ending](plain.read_bytes())
+    for end in range(0, len(whole) - 100, 97):  # the last bytes are those of the end of the tar
+        packed.write_bytes(whole[:end])
+        *before, last = found(packed)
+        assert last.error.kind == "damaged"
+        assert [item.read() for item in before] == [item.read() for item in found(plain)[: len(before)]]
+
+
+def test_a_photo_that_is_too_large_in_a_compressed_shard(shard, monkeypatch):
+    monkeypatch.setattr(sources, "_LARGEST", 10)
+    packed = shard.with_name("00.tar.gz")
+    packed.write_bytes(gzip.compress(shard.read_bytes()))
+    kinds = [item.error and item.error.kind for item in found(packed)]
+    assert kinds == ["too large", None, "too large", "special", "too large"]
+
+
+def test_other_compressed_shards_are_refused_before_work_begins(tmp_path):
+    (tmp_path / "00.tar.zst").touch()
+    job = Job(photos=(str(tmp_path / "00.tar.zst"),))
+    if sys.version_info < (3, 14):
+        with pytest.raises(CaptionerError, match=r"00\.tar\.zst: is compressed as this Python cannot .+ zstd -d"):
+            sources.check(job.photos[0], job)
+
+
+def test_photos_are_read_again_by_their_ids(shard, album, tmp_path):
+    packed = tmp_path / "01.tar.gz"
+    packed.write_bytes(gzip.compress(shard.read_bytes()))
+    job = Job(photos=(str(packed), str(album), str(shard), str(album / "b.png")))
+    items = [item for item in sources.find(job) if item.error is None]
+    read = sources.reader(job)
+    for number, item in enumerate(items):
+        content = item.read()
+        if number % 3:  # not all are asked for
+            assert read(item.id) == (content if isinstance(content, bytes) else Path(content).read_bytes())
+    read = sources.reader(job)
+    with pytest.raises(ImageError, match="gone: no such file"):
+        read(str(album / "gone"))
+    with pytest.raises(ImageError, match=r"b/0001\.png: is not there any more"):
+        sources.reader(Job(photos=(str(album),)))(f"{shard}/b/0001.png")
+    shard.unlink()
+    with pytest.raises(ImageError, match="no such file"):
+        read(f"{shard}/b/0001.png")
+    assert read(str(album / "b.png")) == (album / "b.png").read_bytes()
+
+
+def test_photos_in_memory_are_taken_a_few_at_a_time():
+    items = [sources.Item(str(number), "", bytes(10)) for number in range(10)]
+    assert len(list(sources.some(iter(items), 3, 1000))) == 3
+    assert len(list(sources.some(iter(items), 20, 35))) == 4
+    assert len(list(sources.some(iter(items), 20, 1000))) == 10
+
+
+def test_a_cluster_is_given_photos_in_memory_a_few_at_a_time(monkeypatch):
+    monkeypatch.setattr(cluster, "_WAVE_BYTES", 35)
+    todo = iter([Todo(number, sources.Item(str(number), "", bytes(10))) for number in range(10)])
+    assert [len(list(cluster._wave(todo))) for _ in range(4)] == [4, 4, 2, 0]
 
 
 def test_parquet(tmp_path):

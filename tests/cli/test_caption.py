@@ -165,6 +165,15 @@ def test_a_file_of_another_kind_of_run_is_not_replaced(
     assert output.read_text().startswith("image,caption\n")
 
 
+def test_two_precisions_do_not_mix(model: Path, photos: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    output = photos[0].parent / "out.jsonl"
+    assert run(model, photos[0], "--output", output, "--device", "cpu", "--precision", "fp32") == 0
+    capsys.readouterr()
+    assert run(model, *photos, "--output", output, "--device", "cpu", "--precision", "bf16") == 2
+    assert "another engine or precision (torch, float32, not torch, bfloat16)" in one_line(capsys)
+    assert run(model, *photos, "--output", output, "--device", "cpu", "--precision", "fp32") == 0
+
+
 def test_sidecars(model: Path, photos: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(model, photos[0].parent, "--format", "txt") == 0
     assert photos[1].with_suffix(".txt").read_text() == says(model, photos[1]) + "\n"
