@@ -121,7 +121,9 @@ def _evaluations(first: Run, second: Run) -> tuple[Evaluation, Evaluation]:
     def evaluated(run: Run) -> Evaluation:
         captions = {image_id: caption.text for image_id, caption in run.captions(run.best_epoch).items()}
         chosen = {image_id: captions[image_id] for image_id in shared if image_id in captions}
-        return evaluation.evaluate(references, evaluation.Hypotheses(chosen, {}), statistics=Statistics(resamples=0))
+        return evaluation.evaluate(
+            references, evaluation.Hypotheses(chosen, {}), evaluation.Measures(statistics=Statistics(resamples=0))
+        )
 
     return evaluated(first), evaluated(second)
 
