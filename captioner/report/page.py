@@ -327,7 +327,7 @@ def ranking(run: Run, captions: dict[ImageId, Written]) -> list[tuple[ImageId, f
     scores = evaluation.evaluate(
         evaluation.References({image_id: photo.captions for image_id, photo in run.photos.items()}),
         evaluation.Hypotheses({image_id: caption.text for image_id, caption in captions.items()}, {}),
-        statistics=Statistics(resamples=0),
+        evaluation.Measures(statistics=Statistics(resamples=0)),
     ).scores
     values = zip(scores.per_image["cider"], scores.per_image["rouge_l"], list(run.photos), strict=True)
     ranked = sorted(values, key=lambda row: row[:2], reverse=True)
