@@ -241,9 +241,7 @@ class TrainingConfig:
     precision: Precision = "auto"  # of training: "auto" is bf16 where the machine is fast at it, fp16 on other GPUs
     seed: int = 0  # decides the decoder's initial weights, the order of captions and dropout
     meteor: bool = False  # METEOR of the validation captions beside the other scores (needs captioner[meteor])
-    workers: int | None = (
-        None  # processes that decode photos for a CNN that learns; by default one a processor, less one
-    )
+    workers: int | None = None  # processes that decode photos for a CNN that learns; by default all processors but one
     checkpoint_minutes: float = 10.0  # time between two checkpoints inside an epoch, from which a stopped run goes on
     tracking: Tracking = "wandb"  # Weights & Biases, which stays offline where there is no API key
     project: str = "captioner"  # name of the project in Weights & Biases
