@@ -89,7 +89,7 @@ def test_a_request_to_end_saves_first(data: Path, tmp_path: Path) -> None:
 
 
 def test_fp16_is_for_gpus(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run("train", [*train_arguments(data, tmp_path / "run"), "--precision", "fp16"]) == 1
+    assert cli.run("train", [*train_arguments(data, tmp_path / "run"), "--precision", "fp16"]) == 2
     assert "precision is fp16, which is for GPUs, and the device is cpu" in capsys.readouterr().err
 
 
