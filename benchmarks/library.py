@@ -155,6 +155,8 @@ def _index_more(arguments: argparse.Namespace) -> float:
         taken = time.process_time() - began
     (arguments.folder / "photos" / "one more.jpg").unlink()
     _caption(arguments)
+    with Journal(arguments.folder / "library.db", {}) as journal:
+        journal._execute("DELETE FROM photos WHERE number NOT IN (SELECT number FROM places)")
     return taken
 
 

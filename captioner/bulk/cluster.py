@@ -113,7 +113,7 @@ def _wave(todo: Iterator[Todo]) -> Iterator[Todo]:
     left = _WAVE_BYTES
     for each in itertools.islice(todo, _WAVE):
         yield each
-        left -= each.item.held
+        left -= len(each.item.content) if isinstance(each.item.content, bytes) else 0
         if left < 0:
             return
 

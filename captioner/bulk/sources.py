@@ -60,11 +60,6 @@ class Item(NamedTuple):
     modified: int = -1  # time of the last change, nanoseconds since 1970
     error: ImageError | None = None  # why there is no photo
 
-    @property
-    def held(self) -> int:
-        """Bytes of the photo that are in memory."""
-        return len(self.content) if isinstance(self.content, bytes) else 0
-
     def read(self) -> str | bytes:
         """The content in a form that `images.load` takes; a file is named and not read.
 
@@ -152,9 +147,10 @@ def some(items: Iterator[Item], count: int, size: int) -> Iterator[Item]:
     """The next items: so many, or fewer if the photos that they hold in memory have more bytes than `size`."""
     for item in itertools.islice(items, count):
         yield item
-        size -= item.held
-        if size < 0:
-            return
+        if isinstance(item.content, bytes):
+            size -= len(item.content)
+            if size < 0:
+                return
 
 
 def blocks(items: Iterator[Item], part: Callable[[Iterator[Item]], Iterable[Item]]) -> Iterator[list[Item]]:
