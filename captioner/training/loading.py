@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -17,6 +19,7 @@ from captioner.errors import CaptionerError
 
 _AHEAD = 4  # batches that each worker process prepares before they are asked for
 _RESIDENT = 0.5  # share of a GPU's free memory that features may take
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
 _ROWS = 8192  # features that are copied to a GPU together
 
 
@@ -44,7 +47,7 @@ class Loader:
             prefetch_factor=_AHEAD if workers else None,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_follow,
         )
 
     def __call__(self, shares: Sequence[Share]) -> Iterator[Batch]:
@@ -126,6 +129,11 @@ def _as_floats(batch: Batch) -> Batch:
     return replace(batch, photos=batch.photos.float())
 
 
-def _ignore_interrupts(_: int) -> None:
-    """Leave Ctrl-C to the process that trains: it saves first."""
+def _follow(_: int) -> None:
+    """Leave Ctrl-C to the process that trains, which saves first, and end when that process ends, even if it is killed.
+
+    A worker shares the lock on the folder of the run, so the run could not be started again while a worker lives.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -39,6 +39,7 @@ _FREE = {
 }
 _SETTINGS, _STATE, _HISTORY = "config.json", "training_state.safetensors", "training.json"
 _LOCK = ".lock"
+_PATIENCE = 1.0  # seconds in which the worker processes of a run that was killed end, and leave its lock
 _AVERAGE = "average."  # what the names of averaged weights begin with
 
 
@@ -116,7 +117,7 @@ def _locked(output: Path) -> Iterator[None]:
     lock = FileLock(output / _LOCK)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=_PATIENCE)
     except Timeout:
         raise CheckpointError(
             f"{output}: another process is training there; wait until it ends, or choose another --output"

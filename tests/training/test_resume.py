@@ -77,6 +77,7 @@ def test_killed_at_random_moments(data: Path, tmp_path: Path, optimisation: dict
         process.join()
         if process.exitcode == 0:
             break
+        assert process.exitcode == -signal.SIGKILL  # it did not end by itself
         kills += 1
         inside += bool(history(parts.output).get("epoch_step"))
     assert kills >= 10
