@@ -46,6 +46,7 @@ class Reward:
         vocabulary: Vocabulary,
         *,
         max_words: int = DecodingOptions.max_words,
+        device: torch.device | str = "cpu",
     ) -> None:
         """Count the n-grams of the human captions.
 
@@ -56,9 +57,10 @@ class Reward:
             rows: row of the source of each example, `(examples,)`.
             vocabulary: words are compared by their ids.
             max_words: words of the longest caption that is drawn, `[end]` included.
+            device: where the model draws.
         """
         #: Words that are never drawn.
-        self.never = torch.tensor([vocabulary.pad, vocabulary.start, vocabulary.unk])
+        self.never = torch.tensor([vocabulary.pad, vocabulary.start, vocabulary.unk], device=device)
         ids = iter(vocabulary.encode([caption for example in examples for caption in example.captions]))
         pairs = zip(rows.tolist(), examples, strict=True)
         self._cider = CiderD({row: [next(ids)[1:] for _ in example.captions] for row, example in pairs})
@@ -94,20 +96,19 @@ class Reward:
         weights = torch.from_numpy((advantages.flatten() / lengths.sum()).repeat(lengths)).float()
         device = batch.rows.device
         drawn = Batch.of(None, rows, photo, tokens, lengths + 1).to(device)
-        return Drawn(replace(drawn, photos=batch.photos), weights.to(device), float(scores.mean()))
+        return Drawn(replace(drawn, photos=batch.photos), weights.to(device, non_blocking=True), float(scores.mean()))
 
     @torch.no_grad()
     def words(
         self, decoder: Decoder, state: HiddenState, generator: torch.Generator | None = None
     ) -> Int[Tensor, "captions time"]:
         """Draw the words of several captions a photo, `[end]` and meaningless words behind it included."""
-        never = self.never.to(decoder.output.weight.device)
         state = tuple(part.repeat_interleave(_DRAWN, dim=1) for part in state)
-        tokens = torch.full((state[0].shape[1],), self._vocabulary.start, device=never.device)
-        words, over = [], torch.zeros(len(tokens), dtype=torch.bool, device=never.device)
+        tokens = torch.full((state[0].shape[1],), self._vocabulary.start, device=self.never.device)
+        words, over = [], torch.zeros(len(tokens), dtype=torch.bool, device=self.never.device)
         for _ in range(self._max_words):
             logits, state = decoder.step(tokens, state)
-            tokens = draw(logits.float().index_fill(1, never, -torch.inf), generator)
+            tokens = draw(logits.float().index_fill(1, self.never, -torch.inf), generator)
             words.append(tokens)
             over = over | (tokens == self._vocabulary.end)
             if self._looks(over) and bool(over.all()):

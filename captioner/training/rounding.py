@@ -34,7 +34,10 @@ class Rounding:
             precision = "fp32" if asked == "no" else asked  # type: ignore[assignment]
         self._device = device
         self.dtype = dtype_for(precision, device)
-        self._scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        # On GPUs bf16 needs the scale too: under autocast of any type torch computes cuDNN's recurrent layers in fp16
+        # (ATen/cudnn/AutocastRNN.cpp), whose small gradients would vanish.
+        scaled = self.dtype == torch.float16 or (device.type == "cuda" and self.dtype == torch.bfloat16)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=scaled)
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False
 

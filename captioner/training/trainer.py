@@ -140,7 +140,11 @@ class Trainer:
         self.reward = None
         if options.objective == "cider":
             self.reward = Reward(
-                data.train.examples, data.train.rows, self.vocabulary, max_words=config.decoding.max_words
+                data.train.examples,
+                data.train.rows,
+                self.vocabulary,
+                max_words=config.decoding.max_words,
+                device=device,
             )
         self.network = Network(data.encoder, decoder).to(device)
         self._optimiser = optimiser_of(self.network, options)
@@ -341,7 +345,7 @@ class Trainer:
             state = self.network.decoder.start(self.network.features(batch))
             drawn = self.reward.draw(self.network.decoder, state, batch)
         with self._rounding.autocast():
-            loss: Tensor = wrapped(drawn.batch, drawn.weights, never=self.reward.never.to(batch.rows.device))
+            loss: Tensor = wrapped(drawn.batch, drawn.weights, never=self.reward.never)
         self._latest = 0 * loss.detach() - drawn.reward  # NaN where the loss is
         self._total += self._latest * len(drawn.weights)
         self._words += len(drawn.weights)
