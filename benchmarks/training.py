@@ -11,6 +11,7 @@ loop is what people write: `nn.Embedding`, `nn.LSTM`, `nn.Linear`, `cross_entrop
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name that everyone uses
 
+from benchmarks.common import report
 from captioner.config import FEATURE_SIZE, DecoderConfig, EncoderConfig, OptimisationConfig
 from captioner.datasets.batches import Batch, CaptionDataset
 from captioner.networks.decoder import Decoder
@@ -89,42 +91,35 @@ def timed(device: torch.device, work: Callable[[], object], times: int) -> float
     return (time.perf_counter() - began) / times
 
 
-def ours(
-    device: torch.device, rounding: Rounding, dataset: CaptionDataset, batch_size: int
-) -> Iterator[tuple[float, float]]:
-    """Rounds of the project's steps: seconds, and operations."""
-    random = np.random.default_rng(1)
-    features = random.random((PHOTOS, FEATURE_SIZE), np.float32).astype(np.float16)
-    options = OptimisationConfig(batch_size=batch_size)
-    encoder = Encoder(EncoderConfig("tiny", "random", 32))
-    network = Network(encoder, Decoder(DecoderConfig(hidden_size=HIDDEN, embedding_size=EMBEDDING), WORDS)).to(device)
-    network.train()
-    optimiser, load = optimiser_of(network, options), Loader(dataset, features, device)
+class Steps:
+    """The project's steps, one a call."""
 
-    def batches() -> Iterator[Batch]:
-        epoch = 0
-        while True:
-            yield from load(dataset.epoch(epoch, batch_size=batch_size, seed=0))
-            epoch += 1
+    def __init__(self, device: torch.device, rounding: Rounding, dataset: CaptionDataset, batch_size: int) -> None:
+        random = np.random.default_rng(1)
+        features = random.random((PHOTOS, FEATURE_SIZE), np.float32).astype(np.float16)
+        self._options = OptimisationConfig(batch_size=batch_size)
+        encoder = Encoder(EncoderConfig("tiny", "random", 32))
+        decoder = Decoder(DecoderConfig(hidden_size=HIDDEN, embedding_size=EMBEDDING), WORDS)
+        self._network = Network(encoder, decoder).to(device).train()
+        self._optimiser = optimiser_of(self._network, self._options)
+        load = Loader(dataset, features, device)
+        self._batches = (
+            batch for epoch in itertools.count() for batch in load(dataset.epoch(epoch, batch_size=batch_size, seed=0))
+        )
+        self._rounding = rounding
+        self.operations = 0.0  # of the steps so far
 
-    endless = batches()
-    while True:
-        operations = 0.0
-
-        def step() -> None:
-            nonlocal operations
-            batch = next(endless)
-            operations += products(batch)
-            with rounding.autocast():
-                loss = network(batch)
-            optimiser.zero_grad()
-            rounding.scaled(loss * batch.weight).backward()  # type: ignore[no-untyped-call]
-            rounding.unscale(optimiser)
-            clip(network, options)
-            rounding.step(optimiser)
-
-        seconds = timed(device, step, STEPS)
-        yield seconds, operations / (STEPS + 1)
+    def __call__(self) -> None:
+        """Take a step."""
+        batch = next(self._batches)
+        self.operations += products(batch)
+        with self._rounding.autocast():
+            loss = self._network(batch)
+        self._optimiser.zero_grad()
+        self._rounding.scaled(loss * batch.weight).backward()  # type: ignore[no-untyped-call]
+        self._rounding.unscale(self._optimiser)
+        clip(self._network, self._options)
+        self._rounding.step(self._optimiser)
 
 
 def plain(device: torch.device, dtype: torch.dtype, ids: list[list[int]], batch_size: int) -> Iterator[float]:
@@ -162,18 +157,27 @@ def main() -> None:
     ids = captions(np.random.default_rng(0))
     dataset = CaptionDataset(ids, np.arange(PHOTOS).repeat(CAPTIONS), PAD)
     size = arguments.batch_size
-    mine, theirs = ours(device, rounding, dataset, size), plain(device, rounding.dtype, ids, size)
+    mine, theirs = Steps(device, rounding, dataset, size), plain(device, rounding.dtype, ids, size)
     rows = []
     for _ in range(arguments.rounds):
-        seconds, operations = next(mine)
+        before = mine.operations
+        seconds = timed(device, mine, STEPS)
+        operations = (mine.operations - before) / (STEPS + 1)
         rate = matrix_rate(device, rounding.dtype, size * 11)
         rows.append((size / seconds, size / next(theirs), operations / seconds / rate, rate / 1e9))
     rows = rows[1:] or rows  # the first one warms up
     captions_s, plain_s, share, rate = (statistics.median(column) for column in zip(*rows, strict=True))
     print(f"{device}, {rounding.dtype}, {size} captions a step, median of {len(rows)} rounds")
-    print(f"ours            {captions_s:10,.0f} captions/s  {share:6.1%} of the matrix rate ({rate:,.0f} Gop/s)")
-    times = statistics.median(a / b for a, b, *_ in rows)
-    print(f"plain nn.LSTM   {plain_s:10,.0f} captions/s; ours is {times:.2f} times as fast")
+    report(
+        "captions a second of a training step",
+        ours={"captions_s": captions_s, "batch_size": size, "precision": str(rounding.dtype)},
+        peer={"plain nn.LSTM, captions_s": plain_s},
+        ceiling={"matrix products, Gop_s": rate},
+        ratios={
+            "ours / plain": statistics.median(a / b for a, b, *_ in rows),
+            "products of ours / ceiling": share,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -29,6 +29,15 @@ def pytest_addoption(parser):
 
 
 @pytest.fixture
+def gpu():
+    """The device of tests that are marked `gpu`."""
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU that torch can use")
+    return torch.device("cuda")
+
+
+@pytest.fixture
 def shared():
     """The folder of real photos, captions and weights beside the checkout."""
     folder = ROOT.parent / "shared"

@@ -57,7 +57,7 @@ def test_under_autocast_it_is_as_exact_as_the_plain_loss() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = word_losses(hidden, output, targets)
     assert found != exact
-    assert float(found) == pytest.approx(float(exact), rel=2e-3)
+    assert found.item() == pytest.approx(exact.item(), rel=2e-3)
     for one, other in zip(
         torch.autograd.grad(found, [hidden, output.weight, output.bias]),
         torch.autograd.grad(exact, [hidden, output.weight, output.bias]),
