@@ -30,11 +30,11 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from captioner import checkpoint, files, images
+from captioner import checkpoint, files
 from captioner.config import DataConfig, TrainingConfig
 from captioner.datasets.annotations import captions_sha256
 from captioner.datasets.batches import Batch, CaptionDataset
-from captioner.errors import CaptionerError, CheckpointError, ImageError
+from captioner.errors import CheckpointError
 from captioner.evaluation import load_meteor
 from captioner.machine import processors
 from captioner.model import Caption, Captioner
@@ -48,22 +48,19 @@ from captioner.training.language import learn_language, read_captions
 from captioner.training.loading import Loader
 from captioner.training.network import Network, statistics_kept
 from captioner.training.optimisation import Average, clip, optimiser_of, warmed
-from captioner.training.records import Records, environment
+from captioner.training.reports import Reports, finite
 from captioner.training.reward import Reward
 from captioner.training.rounding import Rounding
 from captioner.training.run import History
 from captioner.training.start import Start, load_start
 from captioner.training.stopping import Signals
-from captioner.training.tracking import Tracker
 from captioner.training.validation import caption_validation, validation_loss
 from captioner.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
 _TRAINING = ("epoch", "train_loss")  # values in an epoch's record that are not of validation
-_THUMBNAIL = 224  # height and width of photos shown in Weights & Biases, in pixels
 _FEW = 20  # validation photos; with fewer, their CIDEr tells little
-_SAMPLES = 8  # validation photos shown in Weights & Biases
 _LOG_EVERY = 20  # optimiser steps
 _MOST_WORKERS = 16  # processes that decode photos
 
@@ -154,12 +151,9 @@ class Trainer:
         self.history = History(processes=accelerator.num_processes)
         self._total = torch.zeros((), device=device, dtype=torch.float64)  # sum of losses of the epoch's words
         self._words = 0  # their number
-        # Step, seconds, rate, loss and norm of the step that was noted last.
-        self._said: tuple[int, float, float, Tensor, torch.cuda.Event | None] | None = None
-        self._shown: float | None = None  # the loss that was reported last
         self._wrapped: tuple[bool, torch.nn.Module] | None = None
         self._signals = Signals()
-        self._records = Records(config.output, write=accelerator.is_main_process)
+        self._reports = Reports(config, data, main=accelerator.is_main_process)
         batches = self.train.batches(options.batch_size, accelerator.num_processes)
         self.steps_an_epoch = -(-batches // options.accumulate)
 
@@ -175,24 +169,17 @@ class Trainer:
                 config.output, history.epoch, history.best_epoch,
             )  # fmt: skip
             return history
-        tracker = Tracker(None)
-        if config.tracking == "wandb" and self.accelerator.is_main_process:
-            tracker = Tracker.start(config.output, config.project, run.as_json(config), history.run_id)
-        self._records.begin(
-            step=history.step, epoch=history.epoch, train=self.data.train.examples, val=self.data.val.examples,
-            problems=self.data.problems, environment=environment(self.accelerator.device, history.processes),
-        )  # fmt: skip
         try:
-            history.run_id = tracker.run_id or history.run_id
+            self._reports.begin(history, self.accelerator.device)
             with self._signals:
-                self._train(tracker)
+                self._train()
         except BaseException:
-            tracker.abandon()
+            self._reports.abandon()
             raise
-        tracker.finish({"best_epoch": history.best_epoch, "best_cider": history.best_cider})
+        self._reports.finish(history)
         return history
 
-    def _train(self, tracker: Tracker) -> None:
+    def _train(self) -> None:
         """Train the epochs that are left."""
         history, main, options = self.history, self.accelerator.is_main_process, self.config.optimisation
         log.info(
@@ -209,7 +196,7 @@ class Trainer:
         self._saved = time.monotonic()
         self._began = self._saved - history.seconds
         while not self._finished():
-            losses = self._epoch(tracker)
+            losses = self._epoch()
             self._average.after_epoch(history.epoch + 1)
             with self._average.in_use():
                 captions, scores = self._validate()
@@ -221,12 +208,11 @@ class Trainer:
                 better = self._better(scores)
                 if better:
                     history.best_cider, history.best_epoch = scores["cider"], history.epoch
-                self._records.epoch(history.epoch, self.data.val.examples, captions)
+                self._reports.captions(history.epoch, captions)
                 if main and better:
                     self._save_best(captions)
-            if main:
-                self._save_last()
-                self._report(tracker, captions)
+            self._save_last()
+            self._reports.epoch(history, captions)
             self.accelerator.wait_for_everyone()
 
     def _better(self, scores: Mapping[str, float]) -> bool:
@@ -257,7 +243,7 @@ class Trainer:
             for parameter in self.network.decoder.parameters():
                 parameter.data.copy_(broadcast(parameter.data))
 
-    def _epoch(self, tracker: Tracker) -> dict[str, float]:
+    def _epoch(self) -> dict[str, float]:
         """One pass over the training captions."""
         accelerator, options, history = self.accelerator, self.config.optimisation, self.history
         self.network.let_encoder_learn(history.epoch >= options.unfreeze_after)
@@ -280,18 +266,20 @@ class Trainer:
             while together := list(itertools.islice(batches, options.accumulate)):
                 share = self._step(wrapped, together)
                 if history.step % _LOG_EVERY == 0 or history.step == 1:
-                    self._say(tracker, options.learning_rate * share)
-                note = "" if self._shown is None else f"loss {self._shown:.3f}"
+                    rate, seconds = options.learning_rate * share, time.monotonic() - self._began
+                    epoch = history.step / self.steps_an_epoch
+                    self._reports.note(history.step, epoch, rate, seconds, self._latest, self._norm)
+                note = "" if self._reports.loss is None else f"loss {self._reports.loss:.3f}"
                 captions = sum(len(batch.tokens) for batch in together)
                 progress.advance(captions * accelerator.num_processes, note)
                 due = time.monotonic() - self._saved >= 60 * self.config.checkpoint_minutes
                 if due or self._signals.noted is not None:
-                    self._tell(tracker)  # a run that goes on from here does not compute that step again
+                    self._reports.tell()  # a run that goes on from here does not compute that step again
                 if due:
                     self._save_last()
                 if accelerator.num_processes == 1 or history.step % _LOG_EVERY == 0:
                     self._stop_if_asked()
-        self._tell(tracker)
+        self._reports.tell()
         total = torch.tensor([float(self._total), self._words], dtype=torch.float64, device=accelerator.device)
         loss_sum, word_count = accelerator.reduce(total, "sum").tolist()
         return {"epoch": history.epoch + 1, "train_loss": self._finite(loss_sum / word_count)}
@@ -351,39 +339,6 @@ class Trainer:
         self._words += len(drawn.weights)
         return loss / together
 
-    def _say(self, tracker: Tracker, rate: float) -> None:
-        """Report the step before the last one that was noted, and note this one: nothing waits for its numbers."""
-        self._tell(tracker)
-        numbers = torch.stack([self._latest, self._norm]).to("cpu", non_blocking=True)
-        event = None
-        if self.accelerator.device.type == "cuda":
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-        self._said = (self.history.step, time.monotonic() - self._began, rate, numbers, event)
-
-    def _tell(self, tracker: Tracker) -> None:
-        """Report the step that was noted last."""
-        if self._said is None:
-            return
-        step, seconds, rate, numbers, event = self._said
-        self._said = None
-        if event is not None:
-            event.synchronize()
-        loss, norm = numbers.tolist()
-        self._records.step(
-            step, epoch=step / self.steps_an_epoch, loss=loss, gradient_norm=norm, learning_rate=rate, seconds=seconds
-        )
-        self._shown = self._finite(loss, step)
-        tracker.log(
-            step,
-            {
-                "train/loss": loss,
-                "train/gradient_norm": norm,
-                "train/learning_rate": rate,
-                "train/epoch": step / self.steps_an_epoch,
-            },
-        )
-
     def _validate(self) -> tuple[list[Caption], dict[str, float]]:
         """Captions, scores and loss of the validation photos, in fp32."""
         self.network.eval()
@@ -422,34 +377,8 @@ class Trainer:
         history, options = self.history, self.config.optimisation
         return history.epoch >= options.epochs or history.epoch - history.best_epoch >= options.patience
 
-    def _finite(self, loss: float, step: int | None = None) -> float:
-        if math.isfinite(loss):
-            return loss
-        raise CaptionerError(
-            f"the loss is {loss} at step {step or self.history.step:,}; the checkpoints of earlier epochs are kept: "
-            "lower --optimisation.learning-rate or use --precision fp32, with a new --output"
-        )
-
-    def _report(self, tracker: Tracker, captions: Sequence[Caption]) -> None:
-        history = self.history
-        scores = history.epochs[-1]
-        best = " (best so far)" if history.best_epoch == history.epoch else ""
-        log.info(
-            "epoch %d: loss %.3f, validation loss %.3f, BLEU-4 %.4f, CIDEr %.4f%s",
-            history.epoch, scores["train_loss"], scores["val_loss"], scores["bleu_4"], scores["cider"], best,
-        )  # fmt: skip
-        tracker.log(
-            history.step,
-            {f"val/{name.removeprefix('val_')}": value for name, value in scores.items() if name not in _TRAINING},
-        )
-        pairs = list(zip(self.data.val.examples, captions, strict=True))
-        rows = []
-        for example, caption in pairs[:: max(1, len(pairs) // _SAMPLES)][:_SAMPLES]:
-            with contextlib.suppress(ImageError):  # the photo has gone meanwhile: the table does without it
-                pixels = images.load(example.path, _THUMBNAIL).transpose(1, 2, 0)
-                rows.append((pixels, caption.text, caption.logprob, "\n".join(example.captions)))
-        tracker.samples(history.step, ("photo", "caption", "log-probability", "human captions"), rows)
-        tracker.judge(history.step, self.config.output)
+    def _finite(self, loss: float) -> float:
+        return finite(loss, self.history.step)
 
     def _save_best(self, captions: Sequence[Caption]) -> None:
         """Save the model of an epoch that is better than all before, with its captions."""

@@ -61,8 +61,8 @@ def test_the_loss_is_that_of_each_caption_by_itself(norm: Any) -> None:
     expected = F.cross_entropy(
         logits.flatten(0, 1), batch.tokens[:, 1:].flatten(), ignore_index=VOCABULARY.pad, reduction="sum"
     )
-    assert float(model(batch)) == pytest.approx(float(expected), rel=1e-5)
-    assert float(model(batch)) * batch.weight == pytest.approx(float(expected) / len(batch.targets), rel=1e-5)
+    assert model(batch).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert model(batch).item() * batch.weight == pytest.approx(expected.item() / len(batch.targets), rel=1e-5)
 
 
 def test_own_words_are_read_where_they_may_be() -> None:
