@@ -2,7 +2,7 @@
 
     python -m recipes.mini.features CACHE JOINT FEATURES --views 2
 
-JOINT is the folder of a joint training, or a saved model (`captioner/pretrained/mini`).
+JOINT is the folder of a joint training, a saved model (`captioner/pretrained/mini`), or `imagenet`.
 
 Writes `FEATURES/{train,val}-VIEW.npy`, (photos, 4096) in float16, and `FEATURES/decoder.pt`.
 """
@@ -25,7 +25,12 @@ from recipes.mini.late import Late, pretrained
 
 
 def learned(joint: Path) -> tuple[Late, dict[str, Tensor]]:
-    """The CNN's last stages and the decoder, averaged over a joint training; or those of a saved model."""
+    """The CNN's last stages and the decoder, averaged over a joint training; or those of a saved model.
+
+    Of "imagenet", the last stages as ImageNet trained them, and no decoder.
+    """
+    if str(joint) == "imagenet":
+        return Late(pretrained()), {}
     if not (joint / "average.pt").exists():
         engine = Captioner.from_pretrained(joint, engine="torch", device="cpu").engine
         assert isinstance(engine, TorchEngine)

@@ -1,8 +1,8 @@
 """The decoder learns to say what features of photos hold, while it goes on to write from words.
 
-    python -m recipes.mini.see DATA CAPTIONS.tsv.gz FEATURES LANGUAGE.pt OUTPUT --epochs 6
+    python -m recipes.mini.see DATA CAPTIONS.tsv.gz FEATURES HINTS.pt OUTPUT --epochs 6
 
-LANGUAGE.pt is of `recipes.mini.language`. The layer that reads the photo begins as the ridge regression of the first
+HINTS.pt is of `recipes.mini.hints`. The layer that reads the photo begins as the ridge regression of the first
 hidden state that words of a photo's captions set. Every step learns from captions of photos and, so that nothing of
 the language is lost, from captions without photos. With `--teacher` files, probabilities of words are learned from
 the mean of those decoders too.
@@ -25,9 +25,27 @@ from captioner.datasets.annotations import load
 from captioner.networks.decoder import Decoder, HiddenState
 from captioner.vocabulary import Vocabulary
 from recipes.mini import common
-from recipes.mini.language import Hints, Reading, Texts, loss_of, texts
+from recipes.mini.hints import Hints, Reading, Texts, loss_of, texts
 
 _DRAWS = 8  # hints a photo that the regression's target is the mean of
+
+
+@torch.no_grad()
+def standardise(decoder: Decoder, views: Sequence[np.ndarray]) -> None:
+    """Give a decoder the statistics of features."""
+    standard = decoder.standard
+    standard.mean.zero_()
+    standard.variance.fill_(1)
+    total, squares = torch.zeros_like(standard.mean), torch.zeros_like(standard.mean)
+    for view in views:
+        for rows in common.chunks(np.arange(len(view)), 1000):
+            x = decoder.normalise(torch.from_numpy(view[rows]).float())
+            total += x.sum(0)
+            squares += x.square().sum(0)
+    count = sum(map(len, views))
+    standard.mean.copy_(total / count)
+    standard.variance.copy_(squares / count - standard.mean.square())
+    standard.batches.fill_(50)  # as many as the running averages extend over
 
 
 @torch.no_grad()
@@ -66,7 +84,7 @@ def looked(decoder: Decoder, features: Tensor, dropout: float) -> HiddenState:
     return decoder.arrange(decoder.initial(F.dropout(x, dropout, decoder.training)))
 
 
-def begin(data: Path, captions: Path, seed: int) -> tuple[Vocabulary, common.Set, common.Set, Texts]:
+def begin(data: Path, captions: Path) -> tuple[Vocabulary, common.Set, common.Set, Texts]:
     """Vocabulary, photos of training and validation with their captions, and captions without photos."""
     annotations = load(data, check_images=False)
     vocabulary = common.vocabulary_of(annotations)
@@ -91,8 +109,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("captions", type=Path)
-    parser.add_argument("features", type=Path, help="folder of train-VIEW.npy, val-0.npy and decoder.pt")
-    parser.add_argument("language", type=Path)
+    parser.add_argument("features", type=Path, help="folder of train-VIEW.npy and val-0.npy")
+    parser.add_argument("hints", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--start", type=Path, help="weights of a decoder that has learned to see")
     parser.add_argument("--teacher", type=Path, nargs="+", default=[], help="weights of decoders")
@@ -115,7 +133,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(arguments.seed)
     random = np.random.default_rng(arguments.seed)
-    vocabulary, train, val, read = begin(arguments.data, arguments.captions, arguments.seed)
+    vocabulary, train, val, read = begin(arguments.data, arguments.captions)
     captions_of = [[train.tokens[number] for number in numbers] for numbers in train.by_photo()]
     if arguments.written:
         written = json.loads(arguments.written.read_text(encoding="utf-8"))
@@ -126,11 +144,10 @@ def main() -> None:
 
     decoder = common.new_decoder(vocabulary)
     hints = Hints(decoder)
-    language = torch.load(arguments.language)
-    hints.load_state_dict(language["hints"])
-    shipped = torch.load(arguments.features / "decoder.pt")
-    statistics = {name: tensor for name, tensor in shipped.items() if name.startswith("standard.")}
-    decoder.load_state_dict({**language["decoder"], **statistics})
+    learned = torch.load(arguments.hints)
+    hints.load_state_dict(learned["hints"])
+    decoder.load_state_dict(learned["decoder"])
+    standardise(decoder, views)
     log = arguments.output.parent / "runs.jsonl"
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if not isinstance(v, list)}
     common.log(log, {"step": "see", "settings": settings, "teachers": [str(p) for p in arguments.teacher]})
