@@ -2,6 +2,8 @@
 
     python -m recipes.mini.features CACHE JOINT FEATURES --views 2
 
+JOINT is the folder of a joint training, a saved model (`captioner/pretrained/mini`), or `imagenet`.
+
 Writes `FEATURES/{train,val}-VIEW.npy`, (photos, 4096) in float16, and `FEATURES/decoder.pt`.
 """
 
@@ -13,17 +15,37 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from captioner.model import Captioner
+from captioner.networks import efficientnet
+from captioner.networks.inference import TorchEngine
 from recipes.mini.joint import Maps, features
 from recipes.mini.late import Late, pretrained
 
 
-def late_of(joint: Path) -> Late:
-    """The CNN's last stages, averaged over the training."""
+def learned(joint: Path) -> tuple[Late, dict[str, Tensor]]:
+    """The CNN's last stages and the decoder, averaged over a joint training; or those of a saved model.
+
+    Of "imagenet", the last stages as ImageNet trained them, and no decoder.
+    """
+    if str(joint) == "imagenet":
+        return Late(pretrained()), {}
+    if not (joint / "average.pt").exists():
+        engine = Captioner.from_pretrained(joint, engine="torch", device="cpu").engine
+        assert isinstance(engine, TorchEngine)
+        network = efficientnet.efficientnet_lite2().eval()
+        network.load_state_dict({n.removeprefix("body."): t for n, t in engine.encoder.state_dict().items()})
+        return Late(network), engine.decoder.state_dict()
     late = Late(pretrained())
     state = torch.load(joint / "average.pt")
     late.load_state_dict({n.removeprefix("late."): t for n, t in state.items() if n.startswith("late.")})
-    return late
+    return late, {n.removeprefix("decoder."): t for n, t in state.items() if n.startswith("decoder.")}
+
+
+def late_of(joint: Path) -> Late:
+    """The CNN's last stages alone."""
+    return learned(joint)[0]
 
 
 def part(cache: Path, joint: Path, split: str, view: int, rank: int, processes: int) -> np.ndarray:
@@ -42,9 +64,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    state = torch.load(arguments.joint / "average.pt")
-    decoder = {n.removeprefix("decoder."): t for n, t in state.items() if n.startswith("decoder.")}
-    torch.save(decoder, arguments.output / "decoder.pt")
+    torch.save(learned(arguments.joint)[1], arguments.output / "decoder.pt")
     count = arguments.processes
     with ProcessPoolExecutor(count) as pool:
         for split, view in [("val", 0), *(("train", view) for view in range(arguments.views))]:

@@ -10,7 +10,7 @@ from captioner.config import EncoderConfig
 from captioner.datasets.annotations import load
 from captioner.networks import efficientnet
 from captioner.networks.encoder import Encoder
-from recipes.mini import common, late, merge, tune, views
+from recipes.mini import common, hints, late, merge, see, tune, views
 
 
 def network():
@@ -134,3 +134,41 @@ def test_an_average_forgets_its_first_value():
     for _ in range(100):
         average.update(module)
     torch.testing.assert_close(average.state["weight"], torch.ones(2, 2), atol=1e-3, rtol=0)
+
+
+def test_a_hint_is_of_the_other_captions(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "MIN_COUNT", 1)
+    data = merged(tmp_path)
+    vocabulary = common.vocabulary_of(data)
+    train = common.Set.of(data.split("train"), vocabulary)
+    photos = [[train.tokens[number] for number in numbers] for numbers in train.by_photo()]
+    texts = hints.Texts(photos, vocabulary)
+    random = np.random.default_rng(0)
+    drawn = [{vocabulary.word_of(i) for i in texts.hint(0, random)} for _ in range(50)]  # of "a dog runs"
+    assert set().union(*drawn) == {"dog", "sits"}
+
+
+def test_reading_goes_through_all_texts(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "MIN_COUNT", 1)
+    data = merged(tmp_path)
+    vocabulary = common.vocabulary_of(data)
+    train = common.Set.of(data.split("train"), vocabulary)
+    texts = hints.Texts([train.tokens], vocabulary)
+    reading = hints.Reading(texts, 3, np.random.default_rng(0))
+    read = [caption for _ in range(3) for caption in reading.next()[0]]
+    assert len(read) == len(texts.tokens) == 8
+    assert {id(caption) for caption in read} == {id(caption) for caption in texts.tokens}
+
+
+def test_the_layer_that_reads_photos_begins_as_a_regression(tmp_path):
+    torch.manual_seed(0)
+    decoder = common.new_decoder(common.vocabulary_of(merged(tmp_path))).eval()
+    features = np.random.default_rng(0).normal(size=(60, 4096)).astype(np.float32)
+    see.standardise(decoder, [features])
+    normal = decoder.normalise(torch.from_numpy(features))
+    torch.testing.assert_close(normal.mean(0), torch.zeros(4096), atol=1e-3, rtol=0)
+    torch.testing.assert_close(normal.square().mean(0), torch.ones(4096), atol=1e-2, rtol=0)
+    targets = torch.randn(60, 1024)
+    bias = decoder.initial.bias.detach().clone()
+    see.regress(decoder, [features], targets, strength=1.0)
+    assert see.explained(decoder, torch.from_numpy(features), targets, bias) > 0.99
