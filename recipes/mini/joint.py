@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from captioner.datasets.annotations import load
+from captioner.vocabulary import Vocabulary
 from recipes.mini import common
 from recipes.mini.late import Late, pretrained
 
@@ -45,6 +47,30 @@ def features(late: Late, maps: Maps, view: int = 0, rank: int = 0, processes: in
         with torch.autocast("cpu", torch.bfloat16):
             parts.append(late(maps(rows, np.full(len(rows), view))).float())
     return torch.cat(parts)
+
+
+class Teachers:
+    """Models that learned before: the mean of the probabilities that they give every word of a caption."""
+
+    def __init__(self, folders: Sequence[Path], vocabulary: Vocabulary) -> None:
+        """Read features and decoders, see `recipes.mini.features`."""
+        self._parts = []
+        for folder in folders:
+            decoder = common.new_decoder(vocabulary)
+            decoder.load_state_dict(torch.load(folder / "decoder.pt"))
+            views = [np.load(file, mmap_mode="r") for file in sorted(folder.glob("train-*.npy"))]
+            self._parts.append((decoder.eval(), views))
+
+    @torch.no_grad()
+    def __call__(self, rows: np.ndarray, views: np.ndarray, photo: Tensor, tokens: Tensor, keep: Tensor) -> Tensor:
+        """(words, vocabulary), of the words kept."""
+        total = torch.zeros(())
+        for decoder, numbers in self._parts:
+            features = np.stack([numbers[view][row] for row, view in zip(rows, views, strict=True)])
+            state = decoder.start(torch.from_numpy(features).float())
+            found = common.logits(decoder, [part[:, photo] for part in state], tokens, keep)
+            total = total + found.float().softmax(1)
+        return total / len(self._parts)
 
 
 def share(network: nn.Module) -> None:
@@ -92,6 +118,11 @@ def main() -> None:
     parser.add_argument("--cnn-from", type=float, default=1, help="epochs before the CNN learns too")
     parser.add_argument("--average", type=float, default=0.998)
     parser.add_argument("--every", type=int, default=2, help="epochs between validations")
+    parser.add_argument(
+        "--start", type=Path, help="joint training or saved model to begin with, in place of --language"
+    )
+    parser.add_argument("--teachers", type=Path, nargs="*", default=[], help="folders of recipes.mini.features")
+    parser.add_argument("--teacher-weight", type=float, default=0.7, help="of the teachers' words, beside people's")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -109,6 +140,12 @@ def main() -> None:
     if arguments.language:
         decoder.load_state_dict(torch.load(arguments.language))
     late = Late(pretrained())
+    if arguments.start:
+        from recipes.mini.features import learned
+
+        late, state = learned(arguments.start)
+        decoder.load_state_dict(state)
+    teachers = Teachers(arguments.teachers, vocabulary) if arguments.teachers else None
     network = nn.ModuleDict({"late": late, "decoder": decoder})
     groups = [{"params": list(decoder.parameters()), "full": arguments.rate, "lr": arguments.rate}]
     groups += groups_of(late, arguments.cnn_rate, arguments.cnn_decay)
@@ -146,7 +183,13 @@ def main() -> None:
                 averages = late.averages(looked_at, arguments.cnn_blocks if learns else 0)
                 state = decoder.start(late.project(averages).float())
                 found = common.logits(decoder, [part[:, photo] for part in state], tokens, keep)
-            loss = common.cross_entropy(found, tokens, keep, 0.1)
+                taught = None if teachers is None else teachers(rows, views, photo, tokens, keep)
+            if taught is None:
+                loss = common.cross_entropy(found, tokens, keep, 0.1)
+            else:
+                of_teachers = -(taught * found.float().log_softmax(1)).sum(1).mean()
+                of_people = common.cross_entropy(found, tokens, keep, 0)
+                loss = of_people + arguments.teacher_weight * (of_teachers - of_people)
             optimiser.zero_grad()
             loss.backward()
             share(network)
