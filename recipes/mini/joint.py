@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--average", type=float, default=0.998)
     parser.add_argument("--every", type=int, default=2, help="epochs between validations")
     parser.add_argument(
-        "--start", type=Path, help="joint training or saved model to begin with, in place of --language"
+        "--begin-with", type=Path, help="joint training or saved model to begin with, in place of --language"
     )
     parser.add_argument("--teachers", type=Path, nargs="*", default=[], help="folders of recipes.mini.features")
     parser.add_argument("--teacher-weight", type=float, default=0.7, help="of the teachers' words, beside people's")
@@ -140,10 +140,10 @@ def main() -> None:
     if arguments.language:
         decoder.load_state_dict(torch.load(arguments.language))
     late = Late(pretrained())
-    if arguments.start:
+    if arguments.begin_with:
         from recipes.mini.features import learned
 
-        late, state = learned(arguments.start)
+        late, state = learned(arguments.begin_with)
         decoder.load_state_dict(state)
     teachers = Teachers(arguments.teachers, vocabulary) if arguments.teachers else None
     network = nn.ModuleDict({"late": late, "decoder": decoder})
