@@ -31,6 +31,7 @@ class ExportArguments:
     precision: Literal["int8", "fp32"] = "int8"  # "int8": a quarter of the size, and fastest; "fp32": as trained
     data: Path | None = None  # photos and captions: 8-bit scales are taken from them, and validation scores
     images: Path | None = None  # folder of the photos, where the layout does not say it
+    on_problem: Literal["error", "skip"] = "error"  # missing photos, double ids and so on: stop, or leave them out
     calibration: int = 192  # photos that the 8-bit scales are taken from
     encoder_weights: Annotated[
         str | None,
@@ -41,15 +42,18 @@ class ExportArguments:
 def command(arguments: Sequence[str], prog: str) -> int:
     """Export a model, and return the exit status."""
     chosen = parse(ExportArguments, arguments, prog)
-    if chosen.images is not None and chosen.data is None:
-        raise CaptionerError("--images has no meaning without --data; give both, or leave it out")
+    for name, given in {"images": chosen.images is not None, "on-problem": chosen.on_problem != "error"}.items():
+        if given and chosen.data is None:
+            raise CaptionerError(f"--{name} has no meaning without --data; give both, or leave it out")
     if chosen.calibration < 1:
         raise CaptionerError(f"--calibration is {chosen.calibration}; expected 1 photo or more")
 
     from captioner import export
     from captioner.config import DataConfig
 
-    data = None if chosen.data is None else DataConfig(data=chosen.data, images=chosen.images)
+    data = None
+    if chosen.data is not None:
+        data = DataConfig(data=chosen.data, images=chosen.images, on_problem=chosen.on_problem)
     report = export.export(
         chosen.model,
         chosen.folder,

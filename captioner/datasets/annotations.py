@@ -64,7 +64,10 @@ class Annotations:
         if not chosen:
             there = {name: sum(example.split == name for example in self.examples) for name in get_args(Split)}
             listed = ", ".join(f"{name} ({count:,})" for name, count in there.items() if count)
-            raise AnnotationError(f"{named(self.source)}: holds no {split!r} photos; the splits there are: {listed}")
+            raise AnnotationError(
+                f"{named(self.source)}: holds no {split!r} photos; the splits there are: {listed}; "
+                f"choose one of these, or give data with {split!r}"
+            )
         return chosen
 
 
@@ -141,7 +144,10 @@ def load(
     serious = [problem for problem in problems.found if problem.serious]
     if serious and (on_problem == "error" or not examples):
         wrong = "; ".join(f"{p.kind}: {p.count:,} (e.g. {p.samples[0]}{p.detail})" for p in serious)
-        remedy = "correct the files" + (", or leave these out with --on-problem skip" if examples else "")
+        remedy = "correct the files"
+        if examples:
+            share = f"{len(examples):,} of {len(photos):,} photos"
+            remedy += f", or leave these out with --on-problem skip, which keeps {share}"
         if problems.count("missing photos"):
             remedy = f"give the folder of the photos with --images DIR, {remedy}"
         raise AnnotationError(f"{named(source)}: {wrong}; {remedy}")

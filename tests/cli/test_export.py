@@ -31,9 +31,15 @@ def test_arguments_reach_the_library(
     assert cli.run("export", ["mini"]) == 0
     shown = f"{tmp_path / 'new'}: 3.2 MB\nlargest difference from torch, features: 0.0123\n"
     assert capsys.readouterr().out == shown
-    assert cli.run("export", f"mini {tmp_path} --precision fp32 --data a.csv --images b --calibration 9".split()) == 0
+    assert (
+        cli.run(
+            "export",
+            f"mini {tmp_path} --precision fp32 --data a.csv --images b --on-problem skip --calibration 9".split(),
+        )
+        == 0
+    )
     usual = {"data": None, "photos": 192, "encoder_weights": None}
-    data = DataConfig(data=Path("a.csv"), images=Path("b"))
+    data = DataConfig(data=Path("a.csv"), images=Path("b"), on_problem="skip")
     assert calls == [
         (("mini", None), {"precision": "int8", **usual}),
         (("mini", tmp_path), {**usual, "precision": "fp32", "data": data, "photos": 9}),
@@ -58,6 +64,7 @@ def test_scores_are_shown_before_and_after() -> None:
     ("options", "said"),
     [
         ("--images photos", "--images has no meaning without --data"),
+        ("--on-problem skip", "--on-problem has no meaning without --data"),
         ("--calibration 0", "--calibration is 0; expected 1 photo or more"),
     ],
 )

@@ -87,7 +87,9 @@ def test_official_coco(tmp_path: Path, year: str, capsys: pytest.CaptureFixture[
     assert loaded.split("val")[0].path == tmp_path / f"val{year}/8.jpg"
     assert not loaded.problems
     assert capsys.readouterr().out == ""  # pycocotools prints; a library does not
-    with pytest.raises(AnnotationError, match=r"holds no 'test' photos; the splits there are: train \(2\), val \(1\)"):
+    with pytest.raises(
+        AnnotationError, match=r"holds no 'test' photos; the splits there are: train \(2\), val \(1\); choose one of"
+    ):
         loaded.split("test")
 
 
@@ -259,7 +261,7 @@ def test_every_problem_is_counted_in_one_error(tmp_path: Path) -> None:
         "captions for an unknown image: 2 (e.g. caption 5 of image 5)",
         "empty captions: 2 (e.g. of image 1)",
         "--images DIR",
-        "leave these out with --on-problem skip",
+        "leave these out with --on-problem skip, which keeps 4 of 9 photos",
     ):
         assert part in message
 
@@ -476,6 +478,7 @@ def test_real_coco() -> None:
     assert len(everything.split("val")) == len(everything.examples) == 5000
     assert sum(len(example.captions) for example in everything.examples) == 25_014
     assert "missing photos: 4,890" in refusal(SHARED / "coco")
+    assert refusal(SHARED / "coco").endswith("with --on-problem skip, which keeps 110 of 5,000 photos")
     there = load(SHARED / "coco", on_problem="skip")
     assert len(there.examples) == 110
     assert all(example.path.is_file() for example in there.examples)
