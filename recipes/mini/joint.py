@@ -52,10 +52,17 @@ def features(late: Late, maps: Maps, view: int = 0, rank: int = 0, processes: in
 class Teachers:
     """Models that learned before: the mean of the probabilities that they give every word of a caption."""
 
-    def __init__(self, folders: Sequence[Path], vocabulary: Vocabulary) -> None:
-        """Read features and decoders, see `recipes.mini.features`."""
+    def __init__(
+        self, folders: Sequence[Path], of_coco: Sequence[Path], train: common.Set, vocabulary: Vocabulary
+    ) -> None:
+        """Read features and decoders, see `recipes.mini.features`.
+
+        Those `of_coco` are asked about COCO's photos alone.
+        """
         self._parts = []
-        for folder in folders:
+        coco = [str(example.image_id).startswith("coco") for example in train.examples]
+        self._asked = [torch.ones(len(coco))] * len(folders) + [torch.tensor(coco).float()] * len(of_coco)
+        for folder in [*folders, *of_coco]:
             decoder = common.new_decoder(vocabulary)
             decoder.load_state_dict(torch.load(folder / "decoder.pt"))
             views = [np.load(file, mmap_mode="r") for file in sorted(folder.glob("train-*.npy"))]
@@ -64,13 +71,15 @@ class Teachers:
     @torch.no_grad()
     def __call__(self, rows: np.ndarray, views: np.ndarray, photo: Tensor, tokens: Tensor, keep: Tensor) -> Tensor:
         """(words, vocabulary), of the words kept."""
-        total = torch.zeros(())
-        for decoder, numbers in self._parts:
+        total, weights = torch.zeros(()), torch.zeros(())
+        words = photo.repeat_interleave(keep.sum(1))  # photo of each word
+        for (decoder, numbers), asked in zip(self._parts, self._asked, strict=True):
             features = np.stack([numbers[view][row] for row, view in zip(rows, views, strict=True)])
             state = decoder.start(torch.from_numpy(features).float())
             found = common.logits(decoder, [part[:, photo] for part in state], tokens, keep)
-            total = total + found.float().softmax(1)
-        return total / len(self._parts)
+            weight = asked[torch.from_numpy(rows)][words][:, None]
+            total, weights = total + weight * found.float().softmax(1), weights + weight
+        return total / weights
 
 
 def share(network: nn.Module) -> None:
@@ -122,6 +131,7 @@ def main() -> None:
         "--begin-with", type=Path, help="joint training or saved model to begin with, in place of --language"
     )
     parser.add_argument("--teachers", type=Path, nargs="*", default=[], help="folders of recipes.mini.features")
+    parser.add_argument("--coco-teachers", type=Path, nargs="*", default=[], help="the same, for COCO's photos alone")
     parser.add_argument("--teacher-weight", type=float, default=0.7, help="of the teachers' words, beside people's")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -145,7 +155,7 @@ def main() -> None:
 
         late, state = learned(arguments.begin_with)
         decoder.load_state_dict(state)
-    teachers = Teachers(arguments.teachers, vocabulary) if arguments.teachers else None
+    teachers = Teachers(arguments.teachers, arguments.coco_teachers, train, vocabulary) if arguments.teachers else None
     network = nn.ModuleDict({"late": late, "decoder": decoder})
     groups = [{"params": list(decoder.parameters()), "full": arguments.rate, "lr": arguments.rate}]
     groups += groups_of(late, arguments.cnn_rate, arguments.cnn_decay)
