@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from captioner.config import DataConfig, DecoderConfig, EncoderConfig, OptimisationConfig, TrainingConfig
+from captioner.config import (
+    DataConfig,
+    DecoderConfig,
+    DecodingOptions,
+    EncoderConfig,
+    OptimisationConfig,
+    TrainingConfig,
+)
 
 #: One line about each preset, for the help.
 DESCRIPTIONS = {
@@ -19,6 +26,7 @@ PRESETS: dict[str, TrainingConfig] = {
         data=DataConfig(data=Path("data/flickr8k")),
         output=Path("runs/flickr8k"),
         optimisation=OptimisationConfig(epochs=10, learning_rate=1e-3, label_smoothing=0.1),
+        decoding=DecodingOptions(length_normalisation="average", no_repeat_ngram=3, unique_words=True),
     ),
     "shapes": TrainingConfig(
         data=DataConfig(data=Path("data/shapes")),
