@@ -14,10 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the name that everyone uses
 
-_ROWS = {
-    "cpu": 256,
-    "cuda": 8192,
-}  # words whose logits are computed together: as many as a cache (a GPU's memory) holds
+#: Words whose logits are computed together: few enough for a processor's cache, enough to fill a GPU.
+_ROWS = {"cpu": 256, "cuda": 8192}
 
 
 def word_losses(
