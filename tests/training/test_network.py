@@ -83,7 +83,7 @@ def test_own_words_are_read_where_they_may_be() -> None:
     torch.manual_seed(0)
     some = (model._partly_own(batch, state, 0.5) == VOCABULARY.unk).sum() / changed.sum()
     assert 0.25 < float(some) < 0.75
-    assert float(model(batch, own_words=1.0)) != float(model(batch))
+    assert model(batch, own_words=1.0).item() != model(batch).item()
 
 
 def test_words_are_drawn_as_often_as_the_logits_say() -> None:
@@ -204,8 +204,8 @@ def _rank(rank: int, folder: Path, pixels: bool, batch_size: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pixels", [False, True], ids=["features", "photos"])
-@pytest.mark.parametrize("batch_size", [4, 3])  # of 8 captions: the same share for both processes, and unequal ones
+# Of 8 captions: the same share for both processes, and unequal ones.
+@pytest.mark.parametrize(("pixels", "batch_size"), [(False, 4), (True, 3)], ids=["features", "photos"])
 def test_gradients_of_two_processes_are_those_of_one(tmp_path: Path, pixels: bool, batch_size: int) -> None:
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_rank, args=(rank, tmp_path, pixels, batch_size)) for rank in range(2)]
