@@ -41,9 +41,10 @@ def word_losses(
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    result: Tensor = _WordLosses.apply(
-        hidden.to(dtype), output.weight.to(dtype), output.bias, targets, weights, smoothing, never
-    )
+    with torch.autocast(device, enabled=False):  # which would round more than the products
+        result: Tensor = _WordLosses.apply(
+            hidden.to(dtype), output.weight.to(dtype), output.bias, targets, weights, smoothing, never
+        )
     return result
 
 
@@ -78,21 +79,24 @@ class _WordLosses(torch.autograd.Function):
             if smoothing:
                 expected += smoothing * logits.mean(1, keepdim=True)
             sums = logits.exp_().sum(1, keepdim=True)
-            factor = weights[part, None] if weights is not None else 1.0
-            total += ((sums.log() - expected) * factor).sum()
+            losses = sums.log() - expected
+            total += (losses if weights is None else losses * weights[part, None]).sum()
             if gradients is not None:  # of softmax and cross-entropy: the probabilities, less those of the targets
-                logits *= factor / sums
-                logits.scatter_add_(1, target, ((smoothing - 1) * factor * torch.ones_like(sums)))
+                logits /= sums
+                logits.scatter_add_(1, target, torch.full_like(sums, smoothing - 1))
                 if smoothing:
-                    logits -= smoothing / len(weight) * factor
-                of_bias += logits.sum(0)
+                    logits -= smoothing / len(weight)
+                of_bias += logits.sum(0) if weights is None else weights[part] @ logits
                 gradients[part] = logits
-        ctx.save_for_backward(hidden, weight, gradients, of_bias)
+        ctx.save_for_backward(hidden, weight, gradients, of_bias, weights)
         return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, gradients, of_bias = ctx.saved_tensors
-        scale = gradient.to(hidden.dtype)  # goes into the small matrices
-        of_hidden, of_weight = (gradients @ weight) * scale, gradients.T @ (hidden * scale)
+        hidden, weight, gradients, of_bias, weights = ctx.saved_tensors
+        # The weights of the words, and the scale of fp16, go into the small matrices, and in fp32: probabilities times
+        # a small weight would vanish in fp16, and a large scale would be infinite.
+        scale = gradient.view(1, 1) if weights is None else gradient * weights[:, None]
+        of_hidden = ((gradients @ weight) * scale).to(hidden.dtype)
+        of_weight = gradients.T @ (hidden * scale).to(hidden.dtype)
         return of_hidden, of_weight, of_bias * gradient, None, None, None, None

@@ -67,6 +67,19 @@ def test_under_autocast_it_is_as_exact_as_the_plain_loss() -> None:
         assert torch.allclose(one, other, atol=0.02 * float(other.abs().max()))
 
 
+def test_small_weights_and_large_scales_fit_into_fp16() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(50, HIDDEN, requires_grad=True)
+    output = nn.Linear(HIDDEN, 5000)
+    targets, weights = torch.randint(0, 5000, (50,)), 1e-4 * torch.randn(50)
+    exact = torch.autograd.grad(word_losses(hidden, output, targets, weights), [hidden, output.weight])
+    scale = 65536.0  # the one that torch begins with: infinite in fp16
+    with torch.autocast("cpu", torch.float16):
+        loss = scale * word_losses(hidden, output, targets, weights)
+    for one, other in zip(torch.autograd.grad(loss, [hidden, output.weight]), exact, strict=True):
+        assert float((one / scale - other).norm()) < 0.01 * float(other.norm())
+
+
 def test_without_gradients_none_are_computed() -> None:
     hidden, output, targets, _ = parts()
     with torch.no_grad():
