@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the name that everyone uses
 
 from captioner.datasets.batches import Batch
 from captioner.networks.decoder import Decoder, HiddenState
@@ -60,7 +61,11 @@ class Network(nn.Module):
 
     def start(self, batch: Batch) -> HiddenState:
         """The hidden state of each caption, computed once a photo."""
-        return tuple(part.index_select(1, batch.photo) for part in self.decoder.start(self.features(batch)))
+        # An embedding, whose gradient a GPU adds up in fp32 and always in the same order, unlike `index_select`'s.
+        return tuple(
+            torch.stack([F.embedding(batch.photo, layer) for layer in part])
+            for part in self.decoder.start(self.features(batch))
+        )
 
     def train(self, mode: bool = True) -> Network:
         """Set the mode; an encoder that does not learn (yet) keeps its statistics."""
