@@ -26,7 +26,14 @@ _ROWS = 8192  # features that are copied to a GPU together
 class Loader:
     """Gives the batches of an epoch; the host never waits for the device, nor the device for a photo."""
 
-    def __init__(self, captions: CaptionDataset, source: Source, device: torch.device, workers: int = 1) -> None:
+    def __init__(
+        self,
+        captions: CaptionDataset,
+        source: Source,
+        device: torch.device,
+        workers: int = 1,
+        beside: Loader | None = None,
+    ) -> None:
         """Start nothing yet.
 
         Args:
@@ -34,9 +41,10 @@ class Loader:
             source: features or photos. Features move to a GPU as a whole, where it has room for them.
             device: where batches are wanted.
             workers: processes that decode photos; features need none.
+            beside: another loader of the same source, whose features on the GPU serve this one too.
         """
         self._device = device
-        self._table = _resident(source, device)
+        self._table: Tensor | None = _resident(source, device) if beside is None else beside._table
         self._plan: list[Share] = []
         workers = workers if isinstance(source, Photos) else 0
         self._batches = DataLoader(

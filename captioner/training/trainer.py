@@ -128,7 +128,8 @@ class Trainer:
             local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             workers = max(1, min(_MOST_WORKERS, processors() // local - 1))
         self._load = Loader(self.train, data.train.source, device, workers)
-        self._load_val = Loader(self.val, data.val.source, device, workers)
+        beside = self._load if data.val.source is data.train.source else None
+        self._load_val = Loader(self.val, data.val.source, device, workers, beside)
         self._captions_sha256 = captions_sha256([*data.train.examples, *data.val.examples])
         set_seed(config.seed)
         decoder = Decoder(config.decoder, len(self.vocabulary))
