@@ -65,7 +65,7 @@ def steps(device: torch.device, batch_size: int, matrix_rate: float) -> dict[str
     dataset = CaptionDataset(ids, np.arange(len(ids) // CAPTIONS).repeat(CAPTIONS), PAD)
     work = Steps(device, Rounding("auto", device), dataset, batch_size)
     seconds = timed(device, work, 20)
-    operations = work.operations / 21
+    operations, captions_a_step = work.operations / 21, work.captions / 21
     waits = None
     if device.type == "cuda":
         with warnings.catch_warnings(record=True) as caught:
@@ -76,7 +76,7 @@ def steps(device: torch.device, batch_size: int, matrix_rate: float) -> dict[str
             torch.cuda.set_sync_debug_mode("default")
         waits = sum("synchroniz" in str(warning.message) for warning in caught) / 10
     return {
-        "captions_s": batch_size / seconds,
+        "captions_s": captions_a_step / seconds,
         "share of the matrix rate": operations / seconds / matrix_rate,
         "host waits a step": waits,
     }

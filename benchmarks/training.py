@@ -107,12 +107,13 @@ class Steps:
             batch for epoch in itertools.count() for batch in load(dataset.epoch(epoch, batch_size=batch_size, seed=0))
         )
         self._rounding = rounding
-        self.operations = 0.0  # of the steps so far
+        self.operations, self.captions = 0.0, 0  # of the steps so far; the last batch of an epoch is smaller
 
     def __call__(self) -> None:
         """Take a step."""
         batch = next(self._batches)
         self.operations += products(batch)
+        self.captions += len(batch.tokens)
         with self._rounding.autocast():
             loss = self._network(batch)
         self._optimiser.zero_grad()
@@ -160,11 +161,12 @@ def main() -> None:
     mine, theirs = Steps(device, rounding, dataset, size), plain(device, rounding.dtype, ids, size)
     rows = []
     for _ in range(arguments.rounds):
-        before = mine.operations
+        operations_before, captions_before = mine.operations, mine.captions
         seconds = timed(device, mine, STEPS)
-        operations = (mine.operations - before) / (STEPS + 1)
+        operations = (mine.operations - operations_before) / (STEPS + 1)
+        captions_a_step = (mine.captions - captions_before) / (STEPS + 1)
         rate = matrix_rate(device, rounding.dtype, size * 11)
-        rows.append((size / seconds, size / next(theirs), operations / seconds / rate, rate / 1e9))
+        rows.append((captions_a_step / seconds, size / next(theirs), operations / seconds / rate, rate / 1e9))
     rows = rows[1:] or rows  # the first one warms up
     captions_s, plain_s, share, rate = (statistics.median(column) for column in zip(*rows, strict=True))
     print(f"{device}, {rounding.dtype}, {size} captions a step, median of {len(rows)} rounds")
