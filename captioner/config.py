@@ -6,6 +6,7 @@ The commands take their options from these dataclasses: the comment behind a fie
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import types
 from collections.abc import Mapping
@@ -261,6 +262,10 @@ class TrainingConfig:
         _choice("precision", self.precision, Precision)
         _choice("tracking", self.tracking, Tracking)
 
+    def changed(self) -> dict[str, tuple[Any, Any]]:
+        """Settings that are not the default: the value and the default of each, by dotted name."""
+        return differences(self, TrainingConfig(DataConfig(self.data.data), self.output))
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -305,6 +310,33 @@ def _seed(value: int) -> None:
 def _share(name: str, value: float) -> None:
     if not 0 <= value < 1:
         raise CaptionerError(f"{name} is {value}; expected 0 or more and less than 1")
+
+
+# To JSON -----------------------------------------------------------------------------------------------------------
+
+
+def as_json(settings: Any) -> dict[str, Any]:
+    """Settings in JSON's types."""
+    saved: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
+    return saved
+
+
+def flat(settings: Any) -> dict[str, Any]:
+    """Settings by their dotted names, in JSON's types."""
+
+    def inner(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in values.items():
+            found |= inner(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        return found
+
+    return inner(as_json(settings), "")
+
+
+def differences(settings: _Settings, others: _Settings) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ, by their dotted names, with both values."""
+    one, other = flat(settings), flat(others)
+    return {name: (one[name], other[name]) for name in one if one[name] != other[name]}
 
 
 # From JSON ---------------------------------------------------------------------------------------------------------

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from captioner import evaluation
-from captioner.config import Statistics
+from captioner.config import Statistics, differences
 from captioner.datasets.formats import ImageId
 from captioner.errors import CaptionerError
 from captioner.evaluation import Evaluation
 from captioner.metrics import Comparison
 from captioner.report.page import SCORES, Card, Thumbnails, card, charts, render, status
-from captioner.report.run import Run, flat
+from captioner.report.run import Run
 
 _EXTREMES = 8  # photos with the biggest wins, and as many with the biggest losses
 _MOST_PAIRS = 1000  # rows of the table of photos
@@ -92,7 +92,9 @@ def comparison(first: Run, second: Run, statistics: Statistics) -> str:
             (first.photos[pair.image_id], pair)
             for pair in sorted(pairs, key=lambda pair: abs(pair.difference), reverse=True)[:_MOST_PAIRS]
         ],
-        settings=_differences(first, second),
+        settings={
+            name: pair for name, pair in differences(first.settings, second.settings).items() if name != "output"
+        },
     )
 
 
@@ -135,9 +137,3 @@ def _pairs(first: Evaluation, second: Evaluation) -> list[Pair]:
         Pair(image_id, (one[image_id], two[image_id]), (float(a), float(b)))
         for image_id, (a, b) in zip(first.references.captions, ciders, strict=True)
     ]
-
-
-def _differences(first: Run, second: Run) -> dict[str, tuple[Any, Any]]:
-    """Settings that differ, but for the folder of the run, by dotted name."""
-    one, two = flat(first.settings), flat(second.settings)
-    return {name: (one[name], two[name]) for name in one if one[name] != two[name] and name != "output"}

@@ -13,11 +13,12 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from captioner import images
+from captioner.config import flat
 from captioner.datasets.formats import ImageId
 from captioner.errors import ImageError, printable
 from captioner.report.alarms import alarms
 from captioner.report.curves import Line, chart, number
-from captioner.report.run import SETTINGS, STEPS, Photo, Run, Written, flat, when
+from captioner.report.run import SETTINGS, STEPS, Photo, Run, Written, when
 
 _SIDE = 320  # the longer side of a thumbnail, in pixels
 _EXTREMES = 8  # best photos, and as many of the worst
@@ -106,7 +107,7 @@ def report(run: Run, photos: int = 12) -> str:
         best=best,
         worst=worst,
         photos_missing=thumbnails.said,
-        changed=run.changed(),
+        changed=run.settings.changed(),
         settings=flat(run.settings),
         starts=run.starts,
     )

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from captioner import checkpoint, files
-from captioner.config import DataConfig, TrainingConfig, from_json
+from captioner.config import TrainingConfig, from_json
 from captioner.datasets.formats import ImageId
 from captioner.errors import CaptionerError
 
@@ -102,23 +101,6 @@ class Run:
             }
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(path, error) from None
-
-    def changed(self) -> dict[str, tuple[Any, Any]]:
-        """Settings that are not the default: the value and the default of each, by dotted name."""
-        default = flat(TrainingConfig(DataConfig(self.settings.data.data), self.settings.output))
-        return {name: (value, default[name]) for name, value in flat(self.settings).items() if value != default[name]}
-
-
-def flat(settings: TrainingConfig) -> dict[str, Any]:
-    """Settings by their dotted names, in JSON's types."""
-
-    def inner(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, value in values.items():
-            found |= inner(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-        return found
-
-    return inner(json.loads(json.dumps(asdict(settings), default=str)), "")
 
 
 def read(folder: Path) -> Run:

@@ -66,10 +66,9 @@ class Loader:
         """
         self._plan[:] = shares
         for batch in _ahead(self._read(), self._device):
-            if self._table is None:
-                yield batch if batch.photos is None or batch.photos.dtype == torch.uint8 else _as_floats(batch)
-            else:
-                yield replace(batch, photos=self._table.index_select(0, batch.rows).float())
+            photos = batch.photos if self._table is None else self._table.index_select(0, batch.rows)
+            assert photos is not None
+            yield replace(batch, photos=photos if photos.dtype == torch.uint8 else photos.float())
 
     def _read(self) -> Iterator[Batch]:
         for batch in self._batches:
@@ -130,11 +129,6 @@ def _resident(source: Source, device: torch.device) -> Tensor | None:
     for start in range(0, len(source), _ROWS):
         table[start : start + _ROWS] = torch.from_numpy(np.array(source[start : start + _ROWS])).to(device)
     return table
-
-
-def _as_floats(batch: Batch) -> Batch:
-    assert batch.photos is not None
-    return replace(batch, photos=batch.photos.float())
 
 
 def _follow(_: int) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +92,8 @@ class Average:
         """
         self._config = config
         self._network = network
-        self._tensors = {name: tensor.detach().clone() for name, tensor in network.named_parameters()}
+        averaged = network.named_parameters() if config.average != "none" else ()
+        self._tensors = {name: tensor.detach().clone() for name, tensor in averaged}
         self.moments = 0
         self._used = False
 
@@ -112,29 +114,23 @@ class Average:
         own = [tensor.detach() for _, tensor in self._network.named_parameters()]
         torch._foreach_lerp_(list(self._tensors.values()), own, 1.0 if self.moments == 1 else share)
 
-    @contextlib.contextmanager
-    def in_use(self) -> Iterator[None]:
+    def in_use(self) -> AbstractContextManager[None]:
         """Let the network have the mean, if there is one."""
-        if not self.moments:
-            yield
-            return
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
+        return self._swapped(self.moments > 0)
+
+    def own_weights(self) -> AbstractContextManager[None]:
+        """Let the network have its own weights back, inside `in_use` too."""
+        return self._swapped(self._used)
 
     @contextlib.contextmanager
-    def own_weights(self) -> Iterator[None]:
-        """Let the network have its own weights back, inside `in_use` too."""
-        if not self._used:
-            yield
-            return
-        self._swap()
+    def _swapped(self, wanted: bool) -> Iterator[None]:
+        if wanted:
+            self._swap()
         try:
             yield
         finally:
-            self._swap()
+            if wanted:
+                self._swap()
 
     @torch.no_grad()
     def _swap(self) -> None:

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from captioner import images
-from captioner.config import TrainingConfig
+from captioner.config import TrainingConfig, as_json
 from captioner.errors import CaptionerError, ImageError
 from captioner.model import Caption
-from captioner.training import run
 from captioner.training.inputs import Inputs
 from captioner.training.records import Records, environment
 from captioner.training.run import History
@@ -60,7 +59,7 @@ class Reports:
         """Begin, or go on, and give the history the number of the run in Weights & Biases."""
         config, data = self._config, self._data
         if config.tracking == "wandb" and self._main:
-            self._tracker = Tracker.start(config.output, config.project, run.as_json(config), history.run_id)
+            self._tracker = Tracker.start(config.output, config.project, as_json(config), history.run_id)
         self._records.begin(
             step=history.step, epoch=history.epoch, train=data.train.examples, val=data.val.examples,
             problems=data.problems, environment=environment(device, history.processes),

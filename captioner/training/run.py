@@ -16,12 +16,13 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
 from captioner import checkpoint, files
-from captioner.config import from_json
+from captioner.config import as_json, differences, from_json
 from captioner.errors import CaptionerError, CheckpointError
 from captioner.networks import weights
 
@@ -90,12 +91,6 @@ class History:
             raise CaptionerError(f"loss_sum is {self.loss_sum}; expected a finite number")
 
 
-def as_json(config: Settings) -> dict[str, Any]:
-    """Settings in JSON's types."""
-    settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    return settings
-
-
 @contextlib.contextmanager
 def claimed(config: Settings, *, write: bool = True) -> Iterator[None]:
     """Keep the output folder for this run until the block ends, unless it belongs to a run with other settings.
@@ -155,7 +150,7 @@ def _compare(config: Settings) -> None:
         ) from None
     different = [
         f"{name} was {old!r}, now {new!r}"
-        for name, (old, new) in differences(as_json(before), as_json(config)).items()
+        for name, (old, new) in differences(before, config).items()
         if name not in _FREE
     ]
     if different:
@@ -180,6 +175,21 @@ def save_settings(config: Settings) -> None:
 
 def _unwritable(output: Path, error: OSError) -> CheckpointError:
     return CheckpointError(f"{output}: cannot be written ({error.strerror or error}); choose another --output")
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors into a file of the run, whole or not at all.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    new = path.with_suffix(".new")
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, new)
+        new.replace(path)
+    except (OSError, SafetensorError) as error:
+        new.unlink(missing_ok=True)
+        raise CheckpointError(f"{path}: cannot be written ({error}); make room and run again") from None
 
 
 def save_state(folder: Path, history: History, optimiser: Optimizer, average: Mapping[str, Tensor]) -> None:
@@ -255,15 +265,3 @@ def _moments(tensors: Mapping[str, Tensor], optimiser: Optimizer) -> dict[int, d
     if len({frozenset(values) for values in moments.values()}) > 1:
         raise CaptionerError(f"{_STATE}: some parameters have moments that others lack")
     return moments
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings that differ, by their dotted names, with both values."""
-    found: dict[str, tuple[Any, Any]] = {}
-    for key in [*old, *(key for key in new if key not in old)]:
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found |= {f"{key}.{inner}": pair for inner, pair in differences(before, after).items()}
-        elif before != after:
-            found[key] = (before, after)
-    return found

@@ -27,11 +27,10 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast, set_seed
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from captioner import checkpoint, files
-from captioner.config import DataConfig, TrainingConfig
+from captioner.config import TrainingConfig
 from captioner.datasets.annotations import captions_sha256
 from captioner.datasets.batches import Batch, CaptionDataset
 from captioner.errors import CheckpointError
@@ -90,10 +89,7 @@ def train(config: TrainingConfig) -> History:
     if start is not None:
         config = dataclasses.replace(config, encoder=start.encoder.config, decoder=start.decoder.config)
     with run.claimed(config, write=accelerator.is_main_process):
-        changed = run.differences(
-            run.as_json(TrainingConfig(DataConfig(config.data.data), config.output)), run.as_json(config)
-        )
-        listed = "".join(f"\n  {name:40}{value}" for name, (_, value) in changed.items())
+        listed = "".join(f"\n  {name:40}{value}" for name, (value, _) in config.changed().items())
         log.info("settings (any other has its default, all are in %s):%s", config.output / "config.json", listed)
         state = None if start is None or start.encoder.elsewhere else start.encoder.body.state_dict()
         return Trainer(config, load_inputs(config, accelerator, state), accelerator, start).run()
@@ -232,13 +228,11 @@ class Trainer:
         if self.accelerator.is_main_process:
             decoder = self.network.decoder
             if kept.exists():
-                decoder.load_state_dict(load_file(kept, device=str(self.accelerator.device)))
+                weights.fill(decoder, weights.read(kept), str(kept))
             else:
                 captions = read_captions(file)
                 learn_language(decoder, captions, self.vocabulary, self.config, self._rounding, self._leave_if_asked)
-                new = kept.with_suffix(".new")
-                save_file({name: tensor.contiguous() for name, tensor in decoder.state_dict().items()}, new)
-                new.replace(kept)
+                run.save_tensors(kept, decoder.state_dict())
         self.accelerator.wait_for_everyone()
         if self.accelerator.num_processes > 1:
             for parameter in self.network.decoder.parameters():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 import time
@@ -25,6 +24,7 @@ from captioner.model import Captioner
 from captioner.networks.decoder import Decoder
 from captioner.networks.encoder import Encoder
 from captioner.networks.inference import TorchDecoder, TorchEngine
+from captioner.training.language import read_captions
 from captioner.vocabulary import Vocabulary
 
 SEARCH = DecodingOptions(length_normalisation="average", no_repeat_ngram=3, unique_words=True, max_words=28)
@@ -67,9 +67,7 @@ def vocabulary_of(data: Annotations) -> Vocabulary:
 
 def text_only(file: Path, vocabulary: Vocabulary) -> list[npt.NDArray[np.int64]]:
     """Captions without photos (`id<TAB>caption` a line, gzip) that have no unknown word."""
-    with gzip.open(file, "rt", encoding="utf-8") as lines:
-        captions = [line.rstrip("\n").partition("\t")[2] for line in lines]
-    ids = vocabulary.encode(captions, MAX_WORDS)
+    ids = vocabulary.encode(read_captions(file), MAX_WORDS)
     return [np.array(each) for each in ids if vocabulary.unk not in each]
 
 

@@ -15,32 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from captioner.model import Captioner
-from captioner.networks import efficientnet
-from captioner.networks.inference import TorchEngine
 from recipes.mini.joint import Maps, features
-from recipes.mini.late import Late, pretrained
-
-
-def learned(joint: Path) -> tuple[Late, dict[str, Tensor]]:
-    """The CNN's last stages and the decoder, averaged over a joint training; or those of a saved model.
-
-    Of "imagenet", the last stages as ImageNet trained them, and no decoder.
-    """
-    if str(joint) == "imagenet":
-        return Late(pretrained()), {}
-    if not (joint / "average.pt").exists():
-        engine = Captioner.from_pretrained(joint, engine="torch", device="cpu").engine
-        assert isinstance(engine, TorchEngine)
-        network = efficientnet.efficientnet_lite2().eval()
-        network.load_state_dict({n.removeprefix("body."): t for n, t in engine.encoder.state_dict().items()})
-        return Late(network), engine.decoder.state_dict()
-    late = Late(pretrained())
-    state = torch.load(joint / "average.pt")
-    late.load_state_dict({n.removeprefix("late."): t for n, t in state.items() if n.startswith("late.")})
-    return late, {n.removeprefix("decoder."): t for n, t in state.items() if n.startswith("decoder.")}
+from recipes.mini.late import Late, learned
 
 
 def late_of(joint: Path) -> Late:

@@ -21,7 +21,7 @@ from torch import Tensor, distributed, nn
 from captioner.datasets.annotations import load
 from captioner.vocabulary import Vocabulary
 from recipes.mini import common
-from recipes.mini.late import Late, pretrained
+from recipes.mini.late import Late, learned, pretrained
 
 _EVALUATED_TOGETHER = 100
 
@@ -151,8 +151,6 @@ def main() -> None:
         decoder.load_state_dict(torch.load(arguments.language))
     late = Late(pretrained())
     if arguments.begin_with:
-        from recipes.mini.features import learned
-
         late, state = learned(arguments.begin_with)
         decoder.load_state_dict(state)
     teachers = Teachers(arguments.teachers, arguments.coco_teachers, train, vocabulary) if arguments.teachers else None

@@ -7,6 +7,7 @@ long as everything else. `Late.unfolded` gives the weights back in the form of t
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name that everyone uses
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from captioner.model import Captioner
 from captioner.networks import efficientnet, weights
+from captioner.networks.inference import TorchEngine
 
 FROZEN = 11  # blocks at the beginning that do not learn: stages 1 to 4
 
@@ -144,6 +147,25 @@ class Late(nn.Module):
         features.projection.weight.copy_(self.projection.weight[:, :, None, None])
         features.projection.bias.copy_(self.projection.bias)
         return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+def learned(joint: Path) -> tuple[Late, dict[str, Tensor]]:
+    """The CNN's last stages and the decoder, averaged over a joint training; or those of a saved model.
+
+    Of "imagenet", the last stages as ImageNet trained them, and no decoder.
+    """
+    if str(joint) == "imagenet":
+        return Late(pretrained()), {}
+    if not (joint / "average.pt").exists():
+        engine = Captioner.from_pretrained(joint, engine="torch", device="cpu").engine
+        assert isinstance(engine, TorchEngine)
+        network = efficientnet.efficientnet_lite2().eval()
+        network.load_state_dict({n.removeprefix("body."): t for n, t in engine.encoder.state_dict().items()})
+        return Late(network), engine.decoder.state_dict()
+    late = Late(pretrained())
+    state = torch.load(joint / "average.pt")
+    late.load_state_dict({n.removeprefix("late."): t for n, t in state.items() if n.startswith("late.")})
+    return late, {n.removeprefix("decoder."): t for n, t in state.items() if n.startswith("decoder.")}
 
 
 def _linear(convolution: nn.Conv2d) -> nn.Linear:

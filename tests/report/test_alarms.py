@@ -23,7 +23,7 @@ def test_a_good_run_raises_none(tmp_path: Path, epochs: int) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_settings_of_the_presets_are_no_extremes(tmp_path: Path, preset: str) -> None:
-    from captioner.training.run import as_json
+    from captioner.config import as_json
 
     assert titles(make_run(tmp_path / "run", settings=as_json(PRESETS[preset]))) == []
 

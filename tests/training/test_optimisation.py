@@ -128,3 +128,7 @@ def test_without_averages_the_weights_are_the_last() -> None:
     layer, average = run(OptimisationConfig(), [1.0, 5.0])
     assert mean(layer, average) == 5
     assert average.state() == {}
+
+
+def test_without_averages_nothing_is_kept() -> None:
+    assert not Average(nn.Linear(2, 1), OptimisationConfig())._tensors

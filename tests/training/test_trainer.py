@@ -21,7 +21,7 @@ import pytest
 import torch
 from helpers import ENCODER, data, isolated, make_config, make_data, make_photo, train_arguments  # noqa: F401
 from metrics import small_meteor
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from captioner import Captioner, checkpoint, cli, files, metrics
 from captioner.config import DataConfig, TrainingConfig
@@ -745,10 +745,28 @@ def test_the_language_comes_first(data: Path, tmp_path: Path, monkeypatch: pytes
         stop_in_epoch(patch, 1)
         with pytest.raises(StoppedError):
             train(config)
-    learned = load_file(tmp_path / "run" / "language.safetensors")
+    saved = load_file(tmp_path / "run" / "language.safetensors")  # mapped into memory, hence copied
+    learned = {name: tensor.clone() for name, tensor in saved.items()}
     assert not learned["initial.weight"].any()  # all photos look the same
+    (tmp_path / "run" / "language.safetensors").write_bytes(b"cut off")
+    with pytest.raises(CaptionerError, match=r"language\.safetensors"):
+        train(config)
+    save_file(learned, tmp_path / "run" / "language.safetensors")
     monkeypatch.setattr(trainer, "learn_language", lambda *_: pytest.fail("learns it again"))
     train(config)
+
+
+def test_a_disk_that_is_full_after_the_language(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "captions.txt").write_text("a red circle\n")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_folder, "save_file", full)
+    config = make_config(data, tmp_path / "run", 1, language_captions=tmp_path / "captions.txt")
+    with pytest.raises(CheckpointError, match=r"language\.safetensors: cannot be written .*No space.*; make room"):
+        train(config)
+    assert not list((tmp_path / "run").glob("language*"))
 
 
 @pytest.mark.parametrize(
