@@ -23,6 +23,8 @@ _PREFIX = "decoder."
 _CUT = 1e-4
 #: A hidden state lies between -1 and 1 in a network with tanh.
 _TANH = Scale(1 / 127, 128)
+#: Numbers in the longest vectors of processors, in fp32.
+_VECTOR = 16
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -93,7 +95,11 @@ class DecoderExport:
         likely = graph.node("Softmax", logits, axis=1)
         best = graph.constant(np.array([0], np.int64))
         first, logit = graph.node("Gather", word, best, axis=1), graph.node("Gather", top, best, axis=1)
-        total = graph.node("Sub", logit, graph.node("Log", graph.node("GatherElements", likely, first, axis=1)))
+        probability = graph.node("GatherElements", likely, first, axis=1)
+        # onnxruntime computes logs in vectors of up to 16 numbers, and those that are left over by another function,
+        # which rounds differently. As each row has 16 copies, none is left over: a row's log depends on that row alone.
+        copies = graph.node("Mul", probability, graph.constant(np.ones((1, _VECTOR), np.float32)))
+        total = graph.node("Sub", logit, graph.node("Gather", graph.node("Log", copies), best, axis=1))
         graph.output(graph.node("Sub", top, total), "logprob", np.float32, ["rows", "count"])
         graph.output(word, "word", np.int64, ["rows", "count"])
         asked = graph.node("Sub", graph.node("Gather", logits, named, axis=1), total)
