@@ -36,6 +36,17 @@ def has_fast_bf16(device: torch.device) -> bool:
     return any(bool(getattr(torch.cpu, test, bool)()) for test in tests)
 
 
+def trains_in_bf16(device: torch.device) -> bool:
+    """Whether torch can train recurrent layers in bfloat16 on the device.
+
+    On a processor oneDNN computes them, and has no bfloat16 for processors without AVX-512 or the like.
+    """
+    mkldnn: Any = torch.backends.mkldnn
+    if device.type != "cpu" or not mkldnn.is_available():
+        return True
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def dtype_for(precision: Precision, device: torch.device) -> torch.dtype:
     """The type of number that a precision means on a device.
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from captioner.config import Precision
-from captioner.networks.inference import dtype_for
+from captioner.errors import CaptionerError
+from captioner.networks.inference import dtype_for, trains_in_bf16
 
 
 class Rounding:
@@ -34,6 +35,8 @@ class Rounding:
             precision = "fp32" if asked == "no" else asked  # type: ignore[assignment]
         self._device = device
         self.dtype = dtype_for(precision, device)
+        if self.dtype == torch.bfloat16 and not trains_in_bf16(device):
+            raise CaptionerError("precision is bf16, which this processor cannot train in; give auto or fp32")
         # On GPUs bf16 needs the scale too: under autocast of any type torch computes cuDNN's recurrent layers in fp16
         # (ATen/cudnn/AutocastRNN.cpp), whose small gradients would vanish.
         scaled = self.dtype == torch.float16 or (device.type == "cuda" and self.dtype == torch.bfloat16)

@@ -39,7 +39,7 @@ from captioner.machine import processors
 from captioner.model import Caption, Captioner
 from captioner.networks import weights
 from captioner.networks.decoder import Decoder
-from captioner.networks.inference import TorchEngine, dtype_for
+from captioner.networks.inference import TorchEngine
 from captioner.progress import Progress
 from captioner.training import run
 from captioner.training.inputs import Inputs, load_inputs
@@ -84,7 +84,7 @@ def train(config: TrainingConfig) -> History:
         # Other processes wait while the first one computes features.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
     )
-    dtype_for(config.precision, accelerator.device)  # refuses one that this device does not compute in
+    Rounding(config.precision, accelerator.device)  # refuses a precision that this device cannot train in
     start = None if config.start is None else load_start(config)
     if start is not None:
         config = dataclasses.replace(config, encoder=start.encoder.config, decoder=start.decoder.config)

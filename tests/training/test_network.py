@@ -157,7 +157,7 @@ def test_the_watch_sees_what_it_should(wait: Any) -> None:
 def test_no_step_waits(pixels: bool, average: Any, own_words: float) -> None:
     options = OptimisationConfig(average=average, gradient_clip_value=1.0, weight_decay=0.01)
     model = network(trainable=pixels, feature_norm="standard", dropout=0.3).train()
-    optimiser, averaged, rounding = optimiser_of(model, options), Average(model, options), Rounding("bf16", CPU)
+    optimiser, averaged, rounding = optimiser_of(model, options), Average(model, options), Rounding("auto", CPU)
     total = torch.zeros((), dtype=torch.float64)
     some = batches(pixels=pixels, batch_size=4)
     with NoWaiting():

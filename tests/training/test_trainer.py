@@ -29,6 +29,7 @@ from captioner.datasets import shapes
 from captioner.datasets.annotations import load, load_dataset
 from captioner.errors import CaptionerError, CheckpointError
 from captioner.networks.encoder import Encoder
+from captioner.networks.inference import trains_in_bf16
 from captioner.training import run as run_folder
 from captioner.training import trainer
 from captioner.training.presets import PRESETS
@@ -672,6 +673,7 @@ def test_data_without_validation(tmp_path: Path) -> None:
         train(make_config(folder, tmp_path / "run"))
 
 
+@pytest.mark.skipif(not trains_in_bf16(torch.device("cpu")), reason="this processor cannot train in bf16")
 def test_precision_is_what_was_asked_for(data: Path, tmp_path: Path) -> None:
     config = replace(make_config(data, tmp_path / "run"), precision="bf16")
     train(config)
@@ -684,15 +686,21 @@ def test_precision_is_what_was_asked_for(data: Path, tmp_path: Path) -> None:
     assert rounded != exact
 
 
-def test_a_precision_that_cannot_be_used(finished: tuple[TrainingConfig, History], tmp_path: Path) -> None:
+def test_a_precision_that_cannot_be_used(
+    finished: tuple[TrainingConfig, History], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = replace(finished[0], output=tmp_path / "run")
     with pytest.raises(CaptionerError, match="precision is fp16, which is for GPUs, and the device is cpu"):
         train(replace(config, precision="fp16"))
+    monkeypatch.setattr("captioner.training.rounding.trains_in_bf16", lambda device: False)  # a processor with AVX2
+    with pytest.raises(CaptionerError, match="precision is bf16, which this processor cannot train in; give auto"):
+        train(replace(config, precision="bf16"))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("asked", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])
 def test_what_accelerate_launch_asks_for_is_heard(monkeypatch: pytest.MonkeyPatch, asked: str, dtype: Any) -> None:
+    monkeypatch.setattr("captioner.training.rounding.trains_in_bf16", lambda device: True)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
     assert Rounding("auto", torch.device("cpu")).dtype == dtype
     assert Rounding("fp32", torch.device("cpu")).dtype == torch.float32
