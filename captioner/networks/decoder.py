@@ -7,6 +7,9 @@ torch's fused kernels, and a test compares the two.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -67,6 +70,11 @@ class Dropout(nn.Dropout):
         return x * kept * (1 / (1 - self.p))
 
 
+_LAYERS: dict[str, Callable[..., Any]] = {
+    "lstm": torch.lstm, "gru": torch.gru, "rnn": torch.rnn_tanh, "irnn": torch.rnn_relu,
+}  # fmt: skip
+
+
 class Decoder(nn.Module):
     """The recurrent network that writes captions from features."""
 
@@ -76,14 +84,12 @@ class Decoder(nn.Module):
         self.vocabulary_size = vocabulary_size
         E, H, L = config.embedding_size, config.hidden_size, config.layers
         self.embedding = nn.Embedding(vocabulary_size, E)
-        between = config.dropout if L > 1 else 0.0
         if config.cell == "lstm":
-            self.rnn: nn.RNNBase = nn.LSTM(E, H, L, batch_first=True, dropout=between)
+            self.rnn: nn.RNNBase = nn.LSTM(E, H, L, batch_first=True)
         elif config.cell == "gru":
-            self.rnn = nn.GRU(E, H, L, batch_first=True, dropout=between)
+            self.rnn = nn.GRU(E, H, L, batch_first=True)
         else:
-            nonlinearity = "relu" if config.cell == "irnn" else "tanh"
-            self.rnn = nn.RNN(E, H, L, batch_first=True, dropout=between, nonlinearity=nonlinearity)
+            self.rnn = nn.RNN(E, H, L, batch_first=True, nonlinearity="relu" if config.cell == "irnn" else "tanh")
         self.states = 2 if config.cell == "lstm" else 1
         if config.feature_norm == "standard":
             self.standard = Standardise()
@@ -143,12 +149,10 @@ class Decoder(nn.Module):
         Returns:
             Logits, `(batch, vocabulary)`, and the next hidden state.
         """
-        x = self.dropout(self.embedding(tokens))
+        x = self.embedding(tokens)
         layers: list[tuple[Tensor, ...]] = []
         for layer in range(self.config.layers):
-            if layer > 0:
-                x = F.dropout(x, self.rnn.dropout, self.training)
-            layers.append(self._cell(layer, x, tuple(part[layer] for part in state)))
+            layers.append(self._cell(layer, self.dropout(x), tuple(part[layer] for part in state)))
             x = layers[-1][0]
         following = tuple(torch.stack(parts) for parts in zip(*layers, strict=True))
         return self.output(self.dropout(x)), following
@@ -170,10 +174,14 @@ class Decoder(nn.Module):
 
     def read(self, state: HiddenState, tokens: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time hidden"]:
         """Read whole captions from the hidden states that photos set, up to the input of the output layer."""
-        h0, *c0 = (part.contiguous() for part in state)
-        x = self.dropout(self.embedding(tokens))
-        hidden, _ = self.rnn(x, (h0, *c0) if c0 else h0)
-        dropped: Tensor = self.dropout(hidden)
+        # Layer by layer: cuDNN's dropout between layers would make the host wait whenever torch gets a new seed, and
+        # training gives it one a step.
+        x: Tensor = self.embedding(tokens)
+        for layer, weights in enumerate(self.rnn.all_weights):
+            h0, *c0 = (part[layer : layer + 1].contiguous() for part in state)
+            how = (True, 1, 0.0, self.training, False, True)  # with biases, one layer, no dropout, batch first
+            x = _LAYERS[self.config.cell](self.dropout(x), [h0, *c0] if c0 else h0, list(weights), *how)[0]
+        dropped: Tensor = self.dropout(x)
         return dropped
 
     def normalise(

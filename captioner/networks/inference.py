@@ -126,7 +126,10 @@ class TorchDecoder:
 
     def _sent(self, *arrays: Integers) -> Sequence[Tensor]:
         """Arrays on the device, by one copy."""
-        return torch.split(torch.from_numpy(np.concatenate(arrays)).to(self.device), [len(array) for array in arrays])
+        together = torch.from_numpy(np.concatenate(arrays))
+        if self.device.type == "cuda":  # from pinned memory the host need not wait for the copy
+            together = together.pin_memory()
+        return torch.split(together.to(self.device, non_blocking=True), [len(array) for array in arrays])
 
     def _rounded(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
