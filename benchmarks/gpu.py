@@ -1,12 +1,17 @@
 """Training, search and features on a GPU, each beside what the card's matrix and memory rates would allow.
 
     python -m benchmarks.gpu                          # all of it: minutes on a large card
+    python -m benchmarks.gpu --photos FOLDER          # features of these JPEG files; by default of 64 that are drawn
     python -m benchmarks.gpu --device cpu --small     # the same program on a processor, at a hundredth of the size
 
 Figures: captions a second of cross-entropy steps with features on the card, and how often a step makes the host wait;
 captions a second of a beam search; photos a second of feature extraction from JPEG files; and the whole of a run of
 COCO's size with made-up captions: 113,287 photos of 5 captions, 30 epochs, 5,000 validation photos captioned and scored
 after each. Goals on a card like an H100: 300,000 captions/s, and the run in 5 minutes.
+
+"allowed" is the figure of a card that does nothing but the matrix products and the traffic that cannot be left out,
+both at the rates measured in the same run, and both at once. That of features counts the CNN alone; beside it stands
+how many photos the processors decode.
 """
 
 from __future__ import annotations
@@ -15,6 +20,8 @@ import argparse
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +29,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import report
+from benchmarks.common import seconds as seconds_of
 from benchmarks.training import CAPTIONS, EMBEDDING, HIDDEN, PAD, WORDS, Steps, captions, timed
+from captioner import images
 from captioner.config import (
     FEATURE_SIZE,
     DataConfig,
@@ -40,32 +50,50 @@ from captioner.datasets.features import FeatureStore, Stamp, add_photos
 from captioner.decoding.search import decode
 from captioner.networks.decoder import Decoder
 from captioner.networks.encoder import Encoder
-from captioner.networks.inference import TorchDecoder
+from captioner.networks.inference import TorchDecoder, dtype_for
 from captioner.training.inputs import Inputs, SplitInputs
 from captioner.training.rounding import Rounding
 from captioner.training.trainer import Trainer
 from captioner.vocabulary import Vocabulary
 
 _GOAL_CAPTIONS, _GOAL_MINUTES = 300_000, 5
-_PHOTO = (480, 640, 3)  # of the JPEG files
+_PHOTO = (480, 640, 3)  # of the JPEG files that are drawn
 
 
-def rates(device: torch.device, size: int) -> tuple[float, float]:
-    """Operations a second of large matrix products in bf16, and bytes a second of copies in memory."""
-    one, other = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second at most."""
+
+    products: float  # operations of large matrix products, in the precision of training
+    memory: float  # bytes read or written
+
+    def seconds(self, operations: float, traffic: float) -> float:
+        """The least time for some work: the device computes while it reads and writes."""
+        return max(operations / self.products, traffic / self.memory)
+
+
+def rates(device: torch.device, size: int) -> Rates:
+    """Measure a device by products of square matrices, and by copies."""
+    dtype = dtype_for("auto", device)
+    one, other = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     products = 2 * size**3 / timed(device, lambda: one @ other, 10)
     source = torch.empty(size * size * 4, device=device)
     target = torch.empty_like(source)
-    return products, 2 * source.nbytes / timed(device, lambda: target.copy_(source), 10)
+    return Rates(products, 2 * source.nbytes / timed(device, lambda: target.copy_(source), 10))
 
 
-def steps(device: torch.device, batch_size: int, matrix_rate: float) -> dict[str, Any]:
-    """Captions a second of cross-entropy steps, their share of the matrix rate, and how often a step waits."""
+def steps(device: torch.device, batch_size: int, card: Rates) -> dict[str, Any]:
+    """Captions a second of cross-entropy steps, and how often a step waits.
+
+    Adam reads weights, gradients and both moments, and writes weights and moments, in fp32; the gradient of each logit
+    is written once and read twice, in 16 bits.
+    """
     ids = captions(np.random.default_rng(0))
     dataset = CaptionDataset(ids, np.arange(len(ids) // CAPTIONS).repeat(CAPTIONS), PAD)
     work = Steps(device, Rounding("auto", device), dataset, batch_size)
     seconds = timed(device, work, 20)
-    operations, captions_a_step = work.operations / 21, work.captions / 21
+    operations, captions_a_step, words_a_step = work.operations / 21, work.captions / 21, work.words / 21
+    allowed = card.seconds(operations, 7 * 4 * work.parameters + 3 * 2 * words_a_step * WORDS)
     waits = None
     if device.type == "cuda":
         with warnings.catch_warnings(record=True) as caught:
@@ -77,38 +105,53 @@ def steps(device: torch.device, batch_size: int, matrix_rate: float) -> dict[str
         waits = sum("synchroniz" in str(warning.message) for warning in caught) / 10
     return {
         "captions_s": captions_a_step / seconds,
-        "share of the matrix rate": operations / seconds / matrix_rate,
+        "allowed": captions_a_step / allowed,
+        "share of the matrix rate": operations / seconds / card.products,
         "host waits a step": waits,
     }
 
 
-def search(device: torch.device, photos: int) -> float:
-    """Captions a second of a beam search of width 3 from features."""
+def search(device: torch.device, photos: int, card: Rates) -> dict[str, float]:
+    """Captions a second of a beam search of width 3 from features; logits are written and read once, in fp32."""
     vocabulary = words()
     decoder = Decoder(DecoderConfig(hidden_size=HIDDEN, embedding_size=EMBEDDING), len(vocabulary)).to(device)
     features = np.random.default_rng(3).random((photos, FEATURE_SIZE), np.float32)
     model = TorchDecoder(decoder)
-    return photos / timed(device, lambda: decode(model, features, vocabulary, DecodingOptions()), 1)
+    with FlopCounterMode(display=False) as counted:
+        decode(model, features, vocabulary, DecodingOptions())
+    read = counted.get_total_flops() / (2 * (HIDDEN * WORDS + (EMBEDDING + HIDDEN) * 4 * HIDDEN))  # words, about
+    seconds = timed(device, lambda: decode(model, features, vocabulary, DecodingOptions()), 1)
+    allowed = card.seconds(counted.get_total_flops(), 2 * 4 * read * WORDS)
+    return {"captions_s": photos / seconds, "allowed": photos / allowed}
 
 
-def extraction(device: torch.device, name: Any, folder: Path, photos: int) -> float:
-    """Photos a second from JPEG files to stored features."""
+def extraction(device: torch.device, name: Any, files: Sequence[Path], photos: int, card: Rates) -> dict[str, float]:
+    """Photos a second from JPEG files to stored features, and of decoding alone."""
     encoder = Encoder(EncoderConfig(name, "random")).to(device)
-    examples = [Example(n, folder / f"{n % 64}.jpg", ("a",), "train") for n in range(photos)]
+    paths = [files[n % len(files)] for n in range(photos)]
+    examples = [Example(n, path, ("a",), "train") for n, path in enumerate(paths)]
+    size = encoder.config.image_size
+    with FlopCounterMode(display=False) as counted, torch.inference_mode():
+        encoder.map(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device))
+    decoding = seconds_of(lambda: list(images.stream(paths, size, batch_size=encoder.together)))
     with tempfile.TemporaryDirectory() as made:
         store = FeatureStore(Path(made), Stamp.of(encoder))
         add_photos(store, encoder, examples[: encoder.together], batch_size=encoder.together)  # warms up
         began = time.perf_counter()
         add_photos(store, encoder, examples, batch_size=encoder.together)
-        return (photos - encoder.together) / (time.perf_counter() - began)
+        found = (photos - encoder.together) / (time.perf_counter() - began)
+    allowed = 1 / card.seconds(counted.get_total_flops(), 0)
+    return {"photos_s": found, "allowed": allowed, "decoding alone": photos / decoding}
 
 
-def draw_photos(folder: Path) -> None:
+def draw_photos(folder: Path) -> list[Path]:
     """64 JPEG files of noise that is smooth, as that of photos."""
     random = np.random.default_rng(4)
-    for number in range(64):
+    files = [folder / f"{number}.jpg" for number in range(64)]
+    for file in files:
         rough = Image.fromarray(random.integers(0, 256, (30, 40, 3), np.uint8))
-        rough.resize(_PHOTO[1::-1], Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=90)
+        rough.resize(_PHOTO[1::-1], Image.Resampling.BICUBIC).save(file, quality=90)
+    return files
 
 
 def words() -> Vocabulary:
@@ -153,32 +196,35 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="about a hundredth of the size")
     parser.add_argument("--epochs", type=int, default=30, help="of the COCO-sized run")
+    parser.add_argument("--photos", type=Path, help="folder of JPEG files")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no GPU that torch can use; `--device cpu --small` runs the same on a processor")
     small = arguments.small
-    matrix_rate, memory_rate = rates(device, 1024 if small else 8192)
+    card = rates(device, 1024 if small else 8192)
     ours: dict[str, Any] = {}
     for batch_size in (128,) if small else (128, 1024, 4096):
-        ours[f"steps of {batch_size}"] = steps(device, batch_size, matrix_rate)
+        ours[f"steps of {batch_size}"] = steps(device, batch_size, card)
         print(batch_size, ours[f"steps of {batch_size}"], flush=True)
-    ours["search, captions_s"] = search(device, 64 if small else 5000)
+    ours["search"] = search(device, 64 if small else 5000, card)
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        draw_photos(folder)
+        files = sorted(arguments.photos.rglob("*.jpg")) if arguments.photos else draw_photos(folder)
+        if not files:
+            raise SystemExit(f"{arguments.photos}: holds no .jpg file; give a folder of photos")
         for name in ("resnet50",) if small else ("vgg16", "resnet101"):
             photos = 96 if small else 5000
-            ours[f"{name}, photos_s"] = extraction(device, name, folder, photos)
-            print(name, ours[f"{name}, photos_s"], flush=True)
+            ours[f"features of {name}"] = extraction(device, name, files, photos, card)
+            print(name, ours[f"features of {name}"], flush=True)
         photos, validation = (400, 50) if small else (113_287, 5000)
         ours["run"] = whole_run(folder, photos, validation, 1 if small else arguments.epochs)
     report(
         "training and captioning on a GPU",
         ours=ours,
         ceiling={
-            "matrix products, Gop_s": matrix_rate / 1e9,
-            "memory, GB_s": memory_rate / 1e9,
+            "matrix products, Gop_s": card.products / 1e9,
+            "memory, GB_s": card.memory / 1e9,
             "goals": {"captions_s": _GOAL_CAPTIONS, "minutes": _GOAL_MINUTES},
             "card": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
         },

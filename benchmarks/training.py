@@ -107,13 +107,16 @@ class Steps:
             batch for epoch in itertools.count() for batch in load(dataset.epoch(epoch, batch_size=batch_size, seed=0))
         )
         self._rounding = rounding
-        self.operations, self.captions = 0.0, 0  # of the steps so far; the last batch of an epoch is smaller
+        self.parameters = sum(parameter.numel() for parameter in self._network.parameters())
+        # Of the steps so far; the last batch of an epoch is smaller.
+        self.operations, self.captions, self.words = 0.0, 0, 0
 
     def __call__(self) -> None:
         """Take a step."""
         batch = next(self._batches)
         self.operations += products(batch)
         self.captions += len(batch.tokens)
+        self.words += len(batch.targets)
         with self._rounding.autocast():
             loss = self._network(batch)
         self._optimiser.zero_grad()

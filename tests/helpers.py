@@ -105,3 +105,21 @@ def spoil(path: Path, old: bytes, new: bytes) -> None:
     content = path.read_bytes()
     assert old in content
     path.write_bytes(content.replace(old, new, 1))
+
+
+class StoppedError(Exception):
+    """As if somebody had pulled the plug."""
+
+
+def stop_in_epoch(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """End the next run in the middle of an epoch."""
+    from captioner.training.trainer import Trainer  # takes a while, and few tests need it
+
+    schedule = Trainer._schedule
+
+    def stop(self: Trainer, step: int) -> float:
+        if self.history.epoch == number - 1 and step % self.steps_an_epoch == self.steps_an_epoch // 2:
+            raise StoppedError
+        return schedule(self, step)
+
+    monkeypatch.setattr(Trainer, "_schedule", stop)

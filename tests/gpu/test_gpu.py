@@ -6,6 +6,7 @@ pytest tests/gpu
 # ruff: noqa: F811
 
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import DECODER, ENCODER, data, isolated, make_config  # noqa: F401
+from helpers import DECODER, ENCODER, StoppedError, data, isolated, make_config, stop_in_epoch  # noqa: F401
 from torch import Tensor
 
 from captioner.config import DecodingOptions, EncoderConfig, OptimisationConfig
@@ -41,9 +42,10 @@ EXAMPLES = [Example(str(n), Path(f"{n}.jpg"), (SENTENCES[n], SENTENCES[n - 1]), 
 VOCABULARY = Vocabulary.build(SENTENCES, 1)
 
 
-def network(device: torch.device, *, dropout: float = 0.0, trainable: bool = False) -> Network:
+def network(device: torch.device, *, dropout: float = 0.0, trainable: bool = False, layers: int = 1) -> Network:
     torch.manual_seed(0)
-    decoder = Decoder(replace(DECODER, dropout=dropout, feature_norm="standard", hidden_size=64), len(VOCABULARY))
+    config = replace(DECODER, dropout=dropout, feature_norm="standard", hidden_size=64, layers=layers)
+    decoder = Decoder(config, len(VOCABULARY))
     return Network(Encoder(ENCODER, trainable=trainable), decoder).to(device)
 
 
@@ -103,9 +105,11 @@ def test_loss_and_gradients_are_those_of_a_processor(gpu: torch.device, precisio
 
 @pytest.mark.parametrize("pixels", [False, True], ids=["features", "photos"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_no_step_waits(gpu: torch.device, pixels: bool, precision: Any) -> None:
+@pytest.mark.parametrize("layers", [1, 2])
+def test_no_step_waits(gpu: torch.device, pixels: bool, precision: Any, layers: int) -> None:
     options = OptimisationConfig(average="ema", gradient_clip_value=1.0)
-    model, rounding = network(gpu, dropout=0.3, trainable=pixels).train(), Rounding(precision, gpu)
+    model = network(gpu, dropout=0.3, trainable=pixels, layers=layers).train()
+    rounding = Rounding(precision, gpu)
     optimiser, average = optimiser_of(model, options), Average(model, options)
     some = list(batches(gpu, pixels=pixels))
     for number, batch in enumerate([*some, *some], 1):
@@ -160,10 +164,45 @@ def test_features_are_near_those_of_a_processor(gpu: torch.device) -> None:
     assert np.linalg.norm(here - there) <= 0.01 * np.linalg.norm(here)
 
 
+def test_a_search_waits_once_a_word(gpu: torch.device) -> None:
+    model = network(gpu)
+    engine = TorchDecoder(model.decoder)
+    features = np.random.default_rng(1).random((8, 4096), np.float32)
+    rows, named = np.arange(8), np.array([VOCABULARY.end])
+    state = engine.start(features)
+    engine.step(np.full(8, VOCABULARY.start), rows, state, 6, named)  # the first step sets things up
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            engine.step(np.full(8, VOCABULARY.start), rows, state, 6, named)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert sum("synchroniz" in str(warning.message) for warning in caught) <= 1
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_run_goes_on_with_its_scale(data: Path, tmp_path: Path, gpu: torch.device, precision: Any) -> None:
-    config = replace(make_config(data, tmp_path / "run", epochs=2), precision=precision)
-    train(replace(config, optimisation=replace(config.optimisation, epochs=2)))
-    saved = json.loads((tmp_path / "run" / "last" / "training.json").read_text())
+def test_a_run_that_was_stopped_goes_on_with_its_scale(
+    data: Path, tmp_path: Path, gpu: torch.device, monkeypatch: pytest.MonkeyPatch, precision: Any
+) -> None:
+    whole, parts = (
+        replace(make_config(data, tmp_path / name, epochs=4), precision=precision) for name in ("whole", "parts")
+    )
+    train(whole)
+    with monkeypatch.context() as patch:
+        stop_in_epoch(patch, 3)
+        with pytest.raises(StoppedError):
+            train(parts)
+    file = tmp_path / "parts" / "last" / "training.json"
+    saved = json.loads(file.read_text())
     assert saved["scale"]["scale"] > 0
-    assert saved["epochs"][-1]["train_loss"] < saved["epochs"][0]["train_loss"]
+    saved["scale"]["scale"] = 1024.0  # not the one that torch begins with, which grows after 2,000 steps at the soonest
+    file.write_text(json.dumps(saved))
+    train(parts)
+    resumed, undisturbed = (
+        json.loads((tmp_path / name / "last" / "training.json").read_text()) for name in ("parts", "whole")
+    )
+    assert resumed["scale"]["scale"] == 1024.0
+    assert undisturbed["scale"]["scale"] != 1024.0
+    for one, other in zip(resumed["epochs"], undisturbed["epochs"], strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=0.02)

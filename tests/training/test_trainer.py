@@ -19,7 +19,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import ENCODER, data, isolated, make_config, make_data, make_photo, train_arguments  # noqa: F401
+from helpers import (  # noqa: F401
+    ENCODER,
+    StoppedError,
+    data,
+    isolated,
+    make_config,
+    make_data,
+    make_photo,
+    stop_in_epoch,
+    train_arguments,
+)
 from metrics import small_meteor
 from safetensors.torch import load_file, save_file
 
@@ -37,22 +47,6 @@ from captioner.training.rounding import Rounding
 from captioner.training.trainer import History, Trainer, train
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-class StoppedError(Exception):
-    """As if somebody had pulled the plug."""
-
-
-def stop_in_epoch(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """End the next run in the middle of an epoch."""
-    schedule = Trainer._schedule
-
-    def stop(self: Trainer, step: int) -> float:
-        if self.history.epoch == number - 1 and step % self.steps_an_epoch == self.steps_an_epoch // 2:
-            raise StoppedError
-        return schedule(self, step)
-
-    monkeypatch.setattr(Trainer, "_schedule", stop)
 
 
 def scores_in_order(monkeypatch: pytest.MonkeyPatch, *cider: float) -> None:
