@@ -23,12 +23,13 @@ from captioner.decoding.search import decode
 from captioner.model import Captioner
 from captioner.networks.decoder import Decoder
 from captioner.networks.encoder import Encoder
-from captioner.networks.inference import TorchDecoder, TorchEngine
+from captioner.networks.inference import TorchDecoder, TorchEngine, dtype_for
 from captioner.training.language import read_captions
 from captioner.vocabulary import Vocabulary
 
 SEARCH = DecodingOptions(length_normalisation="average", no_repeat_ngram=3, unique_words=True, max_words=28)
 MIN_COUNT = 5  # words seen fewer times in the captions of training photos become [unk]
+FAST = dtype_for("auto", torch.device("cpu"))  # bfloat16 where the processor multiplies it faster, else fp32
 MAX_WORDS = 20  # longer training captions are cut there
 
 #: Words that no caption may end with.
@@ -88,6 +89,11 @@ def logits(decoder: Decoder, state: Sequence[Tensor], tokens: Tensor, keep: Tens
     hidden, _ = decoder.rnn(x, (h0.to(x.dtype), c0.to(x.dtype)))
     result: Tensor = decoder.output(decoder.dropout(hidden)[keep])
     return result
+
+
+def rounded() -> torch.autocast:
+    """A context in which matrix products are computed as this processor does it fastest, see `FAST`."""
+    return torch.autocast("cpu", FAST, enabled=torch.float32 != FAST)
 
 
 def cross_entropy(found: Tensor, tokens: Tensor, keep: Tensor, smoothing: float) -> Tensor:

@@ -119,7 +119,7 @@ def loss_of(
     """How surprising captions are after hints."""
     tokens, keep = common.collate(captions, pad)
     state = hints(decoder, given)
-    with torch.autocast("cpu", torch.bfloat16):
+    with common.rounded():
         found = common.logits(decoder, state, tokens, keep)
     return common.cross_entropy(found, tokens, keep, smoothing)
 

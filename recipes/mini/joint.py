@@ -33,9 +33,9 @@ class Maps:
         self.views = [np.load(file, mmap_mode="r") for file in sorted(cache.glob(f"{split}-*.npy"))]
 
     def __call__(self, rows: np.ndarray, views: np.ndarray) -> Tensor:
-        """(photos, 12, 12, 88) in bfloat16."""
+        """(photos, 12, 12, 88), of type `common.FAST`."""
         maps = np.stack([self.views[view][row] for row, view in zip(rows, views, strict=True)])
-        return torch.from_numpy(maps).view(torch.bfloat16)
+        return torch.from_numpy(maps).view(torch.bfloat16).to(common.FAST)
 
 
 @torch.inference_mode()
@@ -44,7 +44,7 @@ def features(late: Late, maps: Maps, view: int = 0, rank: int = 0, processes: in
     mine = np.arange(rank, len(maps.views[view]), processes)
     parts = []
     for rows in common.chunks(mine, _EVALUATED_TOGETHER):
-        with torch.autocast("cpu", torch.bfloat16):
+        with common.rounded():
             parts.append(late(maps(rows, np.full(len(rows), view))).float())
     return torch.cat(parts)
 
@@ -187,7 +187,7 @@ def main() -> None:
             for group in optimiser.param_groups:
                 group["lr"] = group["full"] * common.cosine(step, steps, 100)
             learns = arguments.cnn_rate > 0 and step >= arguments.cnn_from * steps_an_epoch
-            with torch.autocast("cpu", torch.bfloat16):
+            with common.rounded():
                 averages = late.averages(looked_at, arguments.cnn_blocks if learns else 0)
                 state = decoder.start(late.project(averages).float())
                 found = common.logits(decoder, [part[:, photo] for part in state], tokens, keep)

@@ -42,7 +42,7 @@ def main() -> None:
         tokens, keep = common.collate(captions, vocabulary.pad)
         # A photo like every other: its numbers are 0, and the first state is what the bias says.
         state = decoder.arrange(decoder.initial.bias[None]) if decoder.states == 2 else ()
-        with torch.autocast("cpu", torch.bfloat16):
+        with common.rounded():
             found = common.logits(decoder, [part.expand(-1, len(tokens), -1) for part in state], tokens, keep)
         return common.cross_entropy(found, tokens, keep, smoothing)
 

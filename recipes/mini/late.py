@@ -1,8 +1,8 @@
 """The last stages of EfficientNet-Lite2 as they learn fast on a processor.
 
 Normalisation is folded into the convolutions (its statistics stay ImageNet's), convolutions of 1 x 1 are matrix
-products in bfloat16, and the kernels of depthwise convolutions stay as they are: their gradient alone would take as
-long as everything else. `Late.unfolded` gives the weights back in the form of the network.
+products, and the kernels of depthwise convolutions stay as they are: their gradient alone would take as long as
+everything else. `Late.unfolded` gives the weights back in the form of the network.
 """
 
 from __future__ import annotations

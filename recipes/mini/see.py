@@ -97,7 +97,7 @@ def mean_chances(teachers: Sequence[Decoder], features: Tensor, photo: Tensor, t
     """Mean of the probabilities that teachers give to each word."""
     total = torch.zeros(())
     for teacher in teachers:
-        with torch.autocast("cpu", torch.bfloat16):
+        with common.rounded():
             state = [part[:, photo] for part in teacher.start(features)]
             found = common.logits(teacher, state, tokens, keep)
         total = total + found.float().softmax(1)
@@ -203,7 +203,7 @@ def main() -> None:
             tokens, keep = common.collate(chosen, vocabulary.pad)
             photo = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(some) for some in numbers]))
             state = [part[:, photo] for part in looked(decoder, features, arguments.dropout)]
-            with torch.autocast("cpu", torch.bfloat16):
+            with common.rounded():
                 found = common.logits(decoder, state, tokens, keep)
             loss = common.cross_entropy(found, tokens, keep, arguments.smoothing)
             parts = [float(loss.detach())]

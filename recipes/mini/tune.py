@@ -38,7 +38,7 @@ def draw(decoder: Decoder, state: Sequence[Tensor], vocabulary: Vocabulary) -> l
     tokens = torch.full((h.shape[1],), vocabulary.start)
     words, over = [], torch.zeros(len(tokens), dtype=torch.bool)
     for _ in range(common.MAX_WORDS + 1):
-        with torch.autocast("cpu", torch.bfloat16):
+        with common.rounded():
             found, (h, c) = decoder.step(tokens, (h, c))
         chances = found.float().index_fill(1, never, -torch.inf).softmax(1)
         tokens = torch.multinomial(chances, 1)[:, 0].masked_fill(over, vocabulary.pad)
@@ -152,7 +152,7 @@ def main() -> None:
                 worth.append(float(scores.mean()))
                 advantages = (scores - scores.mean(1, keepdims=True)) * (_DRAWN / (_DRAWN - 1))
                 tokens, keep = common.collate([np.array([vocabulary.start, *c]) for c in captions], vocabulary.pad)
-                with torch.autocast("cpu", torch.bfloat16):
+                with common.rounded():
                     found = common.logits(decoder, state, tokens, keep)
                 possible = found.float().index_fill(1, never, -torch.inf)
                 surprise = F.cross_entropy(possible, tokens[:, 1:][keep], reduction="none")
@@ -164,7 +164,7 @@ def main() -> None:
                 chosen = [captions_of[row][n] for row, some in zip(rows, numbers, strict=True) for n in some]
                 tokens, keep = common.collate(chosen, vocabulary.pad)
                 photo = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(some) for some in numbers]))
-                with torch.autocast("cpu", torch.bfloat16):
+                with common.rounded():
                     found = common.logits(decoder, [p[:, photo] for p in decoder.start(features)], tokens, keep)
                 likelihood = common.cross_entropy(found, tokens, keep, 0.1)
                 losses.append(float(likelihood.detach()))

@@ -22,6 +22,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 
 from captioner.datasets.annotations import load
+from recipes.mini import common
 from recipes.mini.late import FROZEN, fold, pretrained
 
 SIZE = 192  # height and width that the CNN sees, in pixels
@@ -57,7 +58,7 @@ def _early() -> nn.Module:
     features: Any = pretrained().features
     early = nn.Sequential(features.stem, *features.blocks[:FROZEN])
     fold(early)
-    return early.bfloat16().to(memory_format=torch.channels_last)
+    return early.to(common.FAST).to(memory_format=torch.channels_last)
 
 
 @torch.inference_mode()
@@ -69,8 +70,8 @@ def write(file: Path, paths: Sequence[Path], view: int, start: int, stop: int) -
     for first in range(start, stop, _TOGETHER):
         rows = range(first, min(first + _TOGETHER, stop))
         pixels = torch.from_numpy(np.stack([look(paths[row], view, row) for row in rows]))
-        x = ((pixels.float() - 127) / 128).bfloat16().contiguous(memory_format=torch.channels_last)
-        maps[rows.start : rows.stop] = early(x).permute(0, 2, 3, 1).contiguous().view(torch.int16).numpy()
+        x = ((pixels.float() - 127) / 128).to(common.FAST).contiguous(memory_format=torch.channels_last)
+        maps[rows.start : rows.stop] = early(x).permute(0, 2, 3, 1).bfloat16().contiguous().view(torch.int16).numpy()
 
 
 def main() -> None:
