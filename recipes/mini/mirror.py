@@ -103,6 +103,7 @@ def main() -> None:
     file.write_bytes(save(tensors | new))  # of the same sizes and in the same order, as the graphs refer to them
     config = arguments.output / "config.json"
     content = json.loads(config.read_text(encoding="utf-8"))
+    content["export"] = {name: value for name, value in content["export"].items() if not name.startswith("scores")}
     content["export"]["sha256"]["onnx/model.safetensors"] = sha256(file)
     config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

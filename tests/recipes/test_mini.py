@@ -1,16 +1,18 @@
 """The steps of the recipe compute what they say."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from captioner.config import EncoderConfig
+from captioner.config import DecoderConfig, EncoderConfig
 from captioner.datasets.annotations import load
 from captioner.networks import efficientnet
+from captioner.networks.decoder import Decoder
 from captioner.networks.encoder import Encoder
-from recipes.mini import common, hints, late, merge, see, tune, views
+from recipes.mini import common, hints, late, merge, mirror, see, tune, views
 
 
 def network():
@@ -172,3 +174,19 @@ def test_the_layer_that_reads_photos_begins_as_a_regression(tmp_path):
     bias = decoder.initial.bias.detach().clone()
     see.regress(decoder, [features], targets, strength=1.0)
     assert see.explained(decoder, torch.from_numpy(features), targets, bias) > 0.99
+
+
+def test_the_layer_that_reads_photos_learns_what_the_mirror_image_adds():
+    torch.manual_seed(0)
+    model = Decoder(DecoderConfig(hidden_size=4, embedding_size=4, feature_norm="sqrt"), 9).requires_grad_(False)
+    two = np.random.default_rng(0).random((2, 30, 4096)).astype(np.float16)
+    inputs = [model.normalise(torch.from_numpy(each).float()) for each in two]
+    wanted = model.initial(model.normalise(torch.from_numpy(two).float().mean(0)))
+
+    def missing(weight, bias):
+        return float(sum((x @ weight.T + bias - wanted).square().sum() for x in inputs))
+
+    before = missing(model.initial.weight, model.initial.bias)
+    engine = SimpleNamespace(decoder=model)
+    assert torch.allclose(mirror.fitted(engine, two, 1e6)[0], model.initial.weight, atol=1e-4)
+    assert missing(*mirror.fitted(engine, two, 0.01)) < 0.1 * before
