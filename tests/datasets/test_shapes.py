@@ -225,14 +225,14 @@ def test_the_preset_learns_to_describe_what_it_has_never_seen(
     capsys: pytest.CaptureFixture[str],
     request: pytest.FixtureRequest,
 ) -> None:
-    """`python train.py shapes` for a fifth of its epochs: from nothing, offline, to new combinations."""
+    """`python train.py shapes` for half of its epochs: from nothing, offline, to new combinations."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     request.addfinalizer(AcceleratorState._reset_state)  # a process keeps to one precision; other tests have theirs
     AcceleratorState._reset_state()
-    assert cli.run("train", ["shapes", "--tracking", "none", "--optimisation.epochs", "2"]) == 0
+    assert cli.run("train", ["shapes", "--tracking", "none", "--optimisation.epochs", "5"]) == 0
     history = json.loads((tmp_path / "runs/shapes/last/training.json").read_text())
-    assert history["best_cider"] >= 2  # the best of sentences that are the same for all pictures has 1.59
+    assert history["best_cider"] >= 3
     assert cli.run("caption", [str(tmp_path / "data/shapes/images/shapes-003000.png"), "--model", "runs/shapes"]) == 0
     sentence = capsys.readouterr().out.splitlines()[-1].split()
     assert set(sentence) & set(COLOURS)

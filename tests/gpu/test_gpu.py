@@ -202,6 +202,7 @@ def test_a_run_that_was_stopped_goes_on_with_its_scale(
     resumed, undisturbed = (
         json.loads((tmp_path / name / "last" / "training.json").read_text()) for name in ("parts", "whole")
     )
+    assert resumed["epochs"][-1]["train_loss"] < resumed["epochs"][0]["train_loss"]
     assert resumed["scale"]["scale"] == 1024.0
     assert undisturbed["scale"]["scale"] != 1024.0
     for one, other in zip(resumed["epochs"], undisturbed["epochs"], strict=True):

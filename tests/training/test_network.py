@@ -21,6 +21,7 @@ from captioner.datasets.annotations import Example
 from captioner.datasets.batches import Batch, CaptionDataset
 from captioner.networks.decoder import Decoder
 from captioner.networks.encoder import Encoder
+from captioner.networks.inference import trains_in_bf16
 from captioner.training.loading import Loader
 from captioner.training.network import Network, draw, statistics_kept
 from captioner.training.optimisation import Average, clip, optimiser_of
@@ -157,7 +158,8 @@ def test_the_watch_sees_what_it_should(wait: Any) -> None:
 def test_no_step_waits(pixels: bool, average: Any, own_words: float) -> None:
     options = OptimisationConfig(average=average, gradient_clip_value=1.0, weight_decay=0.01)
     model = network(trainable=pixels, feature_norm="standard", dropout=0.3).train()
-    optimiser, averaged, rounding = optimiser_of(model, options), Average(model, options), Rounding("auto", CPU)
+    optimiser, averaged = optimiser_of(model, options), Average(model, options)
+    rounding = Rounding("bf16" if trains_in_bf16(CPU) else "fp32", CPU)
     total = torch.zeros((), dtype=torch.float64)
     some = batches(pixels=pixels, batch_size=4)
     with NoWaiting():
