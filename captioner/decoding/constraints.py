@@ -69,7 +69,7 @@ def forbidden_ids(special: SpecialTokens, options: DecodingOptions) -> set[int]:
 #: Words of grammar, which a good caption may have twice; all others name things, properties and actions.
 GRAMMAR = """a an the of in on at to and or with by for from is are was were be being been his her their its it he she
 they them that this there as up down out off over under into onto next near through while one two three some other
-another who which has have not n't 's very all behind around along between across front top""".split()
+another who which has have not n't 's very all behind around along between across front top"""
 
 
 class Rules:
@@ -104,7 +104,7 @@ class Rules:
         self._once: npt.NDArray[np.bool_] | None = None
         if options.unique_words:
             self._once = np.ones(size, np.bool_)
-            self._once[[i for word in GRAMMAR for i in word_ids(special, word, "unique_words")]] = False
+            self._once[list(word_ids(special, GRAMMAR, "unique_words"))] = False
 
     def ask(
         self, model: StepModel, tokens: Integers, parents: Integers, state: State, count: int | None, beams: Beams

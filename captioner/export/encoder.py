@@ -6,6 +6,7 @@ The network is walked as torch traced it (`Encoder.body`). Batch normalisation b
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ from captioner.export.graph import CONTRIB, Graph, Weights
 from captioner.networks.encoder import Encoder
 
 _PREFIX = "encoder."
+_GRID = "grid"  # name of the averaging onto the grid, where it is a layer of the network, see `_averaged_early`
 _ADD, _CAT, _FLATTEN, _RELU = {"add", "iadd", "add_"}, {"cat", "concat"}, {"flatten"}, {"relu", "relu_", "relu6"}
 #: Share of the calibration photos whose numbers may lie beyond a scale, at either end.
 _STRANGE = 0.05
@@ -51,10 +53,11 @@ class EncoderExport:
             photos: calibration photos, uint8 `(photos, 3, height, width)`; None builds a graph in fp32.
         """
         self.encoder, self.weights, self.exact = encoder, weights, photos is None
-        self.modules = dict(encoder.body.named_modules())
+        self.body = _averaged_early(encoder)
+        self.modules = dict(self.body.named_modules())
         size = encoder.config.image_size
         probe = torch.zeros(1, 3, size, size, dtype=torch.uint8)
-        self.ranges = _ranges(encoder, probe if photos is None else photos)
+        self.ranges = _ranges(encoder, self.body, probe if photos is None else photos)
         self.values: dict[fx.Node, _Value] = {}
         self.pads: dict[fx.Node, tuple[int, int, int, int]] = {}  # zeros that the convolution behind adds itself
 
@@ -63,15 +66,14 @@ class EncoderExport:
         graph = Graph("encoder_model", self.weights)
         size = self.encoder.config.image_size
         photos = graph.input("photos", np.uint8, ["photos", 3, size, size])
-        nodes = list(self.encoder.body.graph.nodes)
+        nodes = list(self.body.graph.nodes)
         first = next(number for number, node in enumerate(nodes) if node.op == "call_module")
         entry = nodes[first].args[0]
         assert isinstance(entry, fx.Node)
         self.values[entry] = self._entry(graph, photos, entry)
         for node in nodes[first:]:
             if node.op == "output":
-                (tap,) = node.args[0].values()
-                features = self._grid(graph, tap)
+                features = self._grid(graph, _tapped(self.body))
                 graph.output(features, "features", np.float32, ["photos", FEATURE_SIZE])
             elif node not in self.values:
                 self._node(graph, node)
@@ -118,7 +120,7 @@ class EncoderExport:
         size = self.encoder.config.image_size
         levels = torch.tensor([0, 255, 51], dtype=torch.uint8)
         photos_of_one_level = levels.view(-1, 1, 1, 1).expand(-1, 3, size, size)
-        dark, bright, between = _Recorder(self.encoder.body, keep=entry).at(self.encoder, photos_of_one_level)
+        dark, bright, between = _Recorder(self.body, keep=entry).at(self.encoder, photos_of_one_level)
         factor, offset = ((bright - dark) / 255).numpy(), dark.numpy()
         assert np.allclose(between.numpy(), factor * 51 + offset, atol=1e-4), "not one factor a channel"
         x = graph.node("Cast", photos, to=onnx.TensorProto.FLOAT)
@@ -169,10 +171,18 @@ class EncoderExport:
         assert x.scale is not None
         unit, zero = self._parameters(graph, x.scale)
         none = graph.constant(np.int8(0))
-        if isinstance(module, nn.Linear):
-            matrix = graph.node("Transpose", weight_name, perm=[1, 0])
+        of_grid = source.target == _GRID  # a convolution of 1 x 1: one product a cell, whose results stay in fp32
+        if isinstance(module, nn.Linear) or of_grid:
+            y, matrix = x.name, weight_name
+            if of_grid:
+                cells = graph.constant(np.array([0, weight.shape[1], -1], np.int64))
+                y = graph.node("Transpose", graph.node("Reshape", y, cells), perm=[0, 2, 1])
+                matrix = graph.node("Reshape", matrix, graph.constant(np.array([0, -1], np.int64)))
+            matrix = graph.node("Transpose", matrix, perm=[1, 0])
             label = graph.weight(f"graph.{name}.bias", bias)
-            y = graph.node("MatMulIntegerToFloat", x.name, matrix, unit, steps, zero, none, label, domain=CONTRIB)
+            y = graph.node("MatMulIntegerToFloat", y, matrix, unit, steps, zero, none, label, domain=CONTRIB)
+            if of_grid:
+                y = graph.node("Transpose", y, perm=[0, 2, 1])
             self._finish(node, last, _Value(self._relu(graph, y, last) if last is not end else y, None))
             return
         scale = self.ranges[last].scale
@@ -334,6 +344,35 @@ def _shift(
     return shift
 
 
+def _averaged_early(encoder: Encoder) -> fx.GraphModule:
+    """The network; a tapped convolution of 1 x 1 is moved behind the averaging onto the grid.
+
+    Both are linear, so the features stay the same, and the convolution is computed once a cell of the grid instead of
+    once a place of the map.
+    """
+    body: fx.GraphModule = encoder.body
+    module = body.get_submodule(str(_tapped(body).target)) if _tapped(body).op == "call_module" else None
+    if not isinstance(module, nn.Conv2d) or isinstance(encoder.pool, nn.Identity):
+        return body
+    if {*module.kernel_size, *module.stride, module.groups} != {1} or module.padding != (0, 0):
+        return body
+    body = fx.GraphModule(body, copy.deepcopy(body.graph))  # with the same layers
+    body.add_submodule(_GRID, encoder.pool)
+    tap = _tapped(body)
+    with body.graph.inserting_before(tap):
+        tap.args = (body.graph.call_module(_GRID, tap.args),)
+    body.recompile()
+    return body
+
+
+def _tapped(body: fx.GraphModule) -> fx.Node:
+    """The layer whose output is averaged onto the grid."""
+    (output,) = body.graph.find_nodes(op="output")
+    (tap,) = output.args[0].values()
+    assert isinstance(tap, fx.Node)
+    return tap
+
+
 @dataclass
 class _Range:
     """The numbers that a layer yields."""
@@ -384,8 +423,8 @@ class _Recorder(fx.Interpreter):
 
 
 @torch.inference_mode()
-def _ranges(encoder: Encoder, photos: Tensor) -> dict[fx.Node, _Range]:
-    recorder = _Recorder(encoder.body)
+def _ranges(encoder: Encoder, body: fx.GraphModule, photos: Tensor) -> dict[fx.Node, _Range]:
+    recorder = _Recorder(body)
     for some in torch.split(photos, 32):
         recorder.run(encoder.standardise(some.to(encoder.mean.device)))
     return recorder.ranges

@@ -1,12 +1,17 @@
 """The graphs compute what torch computes: exactly in fp32, nearly in 8 bits."""
 
+from itertools import product
+
 import numpy as np
+import onnx
 import pytest
 import torch
 
 from captioner.config import DecoderConfig, EncoderConfig
 from captioner.export import write_graphs
 from captioner.export.eight_bits import MOST, Scale, codes
+from captioner.export.encoder import EncoderExport
+from captioner.export.graph import Weights
 from captioner.networks.decoder import Decoder
 from captioner.networks.encoder import Encoder
 from captioner.networks.inference import TorchEngine
@@ -53,8 +58,10 @@ def likely_features(count, seed=0):
     return np.random.default_rng(seed).gamma(0.5, 1.0, (count, 4096)).astype(np.float32)
 
 
-@pytest.mark.parametrize("size", [40, 57])
-@pytest.mark.parametrize("name", ["tiny", "mini", "squeezenet1_1", "googlenet"])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [*product(["tiny", "mini", "squeezenet1_1", "googlenet"], [40, 57]), ("efficientnet_lite2", 96)],
+)
 def test_features(tmp_path, name, size):
     engine = network(name, size)
     photos = noise(12, size)
@@ -92,10 +99,26 @@ def test_words(tmp_path, cell, layers, norm):
             state, tokens, parents = following, everything.argmax(axis=1), np.roll(np.arange(9), time)
 
 
-def test_a_photo_does_not_depend_on_those_beside_it(tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_convolution_behind_which_is_averaged_is_computed_on_the_grid(tmp_path, precision):
+    """EfficientNet-Lite2's last: four products of 1280 x 1024 a photo, though its map has nine places."""
+    engine = network("efficientnet_lite2", 96)
+    graph = EncoderExport(
+        engine.encoder, Weights(), None if precision == "fp32" else torch.from_numpy(noise(4, 96))
+    ).graph()
+    sizes = {name: weight.shape for name, weight in graph.weights.tensors.items()}
+    assert sizes["graph.grid.3x3.2x2"] == (9, 4)
+    kinds = [node.op_type for node in onnx.load_from_string(graph.build(graph.weights.serialise()[1])).graph.node]
+    last = {"fp32": "Conv", "int8": "MatMulIntegerToFloat"}[precision]
+    assert last in kinds[kinds.index("MatMul") :]
+    assert kinds.count("MatMul") == 1
+
+
+@pytest.mark.parametrize(("name", "size"), [("mini", 57), ("efficientnet_lite2", 96)])
+def test_a_photo_does_not_depend_on_those_beside_it(tmp_path, name, size):
     """Bit for bit: scales are fixed, and sums of whole numbers are exact in any order."""
-    engine = exported(tmp_path, network("mini", 57), noise(16, 57, seed=1))
-    photos = noise(11, 57)
+    engine = exported(tmp_path, network(name, size), noise(16, size, seed=1))
+    photos = noise(11, size)
     together = engine.features(photos)
     assert all((engine.features(photo[None])[0] == row).all() for photo, row in zip(photos, together, strict=True))
     state = engine.start(together)
