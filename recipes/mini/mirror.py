@@ -1,11 +1,13 @@
 """The decoder learns to see in a photo alone what the photo and its mirror image show together.
 
-    python -m recipes.mini.mirror DATA MODEL OUTPUT --features mirrored.npy
+    python -m recipes.mini.mirror DATA MODEL OUTPUT --features mirrored.npy --unrounded FEATURES
 
 The mean of both features makes better captions, but takes twice the time. So the layer that reads the photo is fitted
 anew, by ridge regression: from the features of the photo (or of its mirror image) to the first hidden state that the
 mean of both sets. MODEL is an exported one in 8 bits; OUTPUT gets its files, of which only that layer differs.
-FEATURES holds the features of training photos, `(2, photos, 4096)`, and is made where it is missing.
+`--features` holds the features of training photos, `(2, photos, 4096)`, and is made where it is missing. With
+`--unrounded`, the states to be reached are those of the CNN before its weights were rounded: its features of the photos
+and of their mirror images are the files `train-0.npy` and `train-1.npy` there, see `recipes.mini.features`.
 """
 
 from __future__ import annotations
@@ -42,13 +44,16 @@ def look(model: Path, paths: Sequence[Path]) -> np.ndarray:
 
 
 @torch.no_grad()
-def fitted(engine: TorchEngine, features: np.ndarray, strength: float) -> tuple[Tensor, Tensor]:
+def fitted(
+    engine: TorchEngine, features: np.ndarray, strength: float, unrounded: Sequence[np.ndarray] = ()
+) -> tuple[Tensor, Tensor]:
     """Weight and bias of the layer that reads the photo.
 
     Args:
         engine: the model.
         features: of `look`.
         strength: of the pull towards the weights that are there, as a share of the mean variance of its input.
+        unrounded: the same features of the CNN before rounding, of which the states to be reached are computed.
     """
     decoder = engine.decoder
     size, weight = decoder.initial.in_features, decoder.initial.weight
@@ -56,7 +61,8 @@ def fitted(engine: TorchEngine, features: np.ndarray, strength: float) -> tuple[
     inputs, changes, count = torch.zeros(size), torch.zeros(len(weight)), 0
     for rows in common.chunks(np.arange(features.shape[1]), 1000):
         two = torch.from_numpy(features[:, rows]).float()
-        wanted = decoder.initial(decoder.normalise(two.mean(0)))
+        better = torch.from_numpy(np.stack([each[rows] for each in unrounded])).float() if unrounded else two
+        wanted = decoder.initial(decoder.normalise(better.mean(0)))
         for one in two:
             x = decoder.normalise(one)
             change = wanted - decoder.initial(x)
@@ -78,6 +84,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--features", type=Path, required=True)
+    parser.add_argument("--unrounded", type=Path)
     parser.add_argument("--strength", type=float, default=1.0)
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
@@ -92,7 +99,9 @@ def main() -> None:
         np.save(arguments.features, features)
     engine = Captioner.from_pretrained(arguments.model, engine="torch", device="cpu", precision="fp32").engine
     assert isinstance(engine, TorchEngine)
-    weight, bias = fitted(engine, np.load(arguments.features, mmap_mode="r"), arguments.strength)
+    folder = arguments.unrounded
+    unrounded = [] if folder is None else [np.load(folder / f"train-{view}.npy", mmap_mode="r") for view in (0, 1)]
+    weight, bias = fitted(engine, np.load(arguments.features, mmap_mode="r"), arguments.strength, unrounded)
 
     shutil.copytree(arguments.model, arguments.output, dirs_exist_ok=True)
     file = arguments.output / "onnx" / "model.safetensors"

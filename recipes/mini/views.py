@@ -2,7 +2,8 @@
 
     python -m recipes.mini.views DATA CACHE --views 8
 
-View 0 is the whole photo; the others are parts of it, half of them mirrored, in other light. One file a view and split,
+View 0 is the whole photo; the others are parts of it, half of them mirrored, in other light. With `--mirrored` there are
+two views, the whole photo and its mirror image. One file a view and split,
 `CACHE/{train,val}-VIEW.npy`: bfloat16 in the bits of 16-bit integers, (photos, rows, columns, channels).
 """
 
@@ -14,7 +15,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,10 +31,12 @@ _TOGETHER = 32
 _SHAPE = (SIZE // 16, SIZE // 16, 88)  # of a map: rows, columns, channels
 
 
-def look(path: Path, view: int, seed: int) -> np.ndarray:
+def look(path: Path, view: int | Literal["mirrored"], seed: int) -> np.ndarray:
     """A view of a photo, `(3, SIZE, SIZE)`, uint8."""
     image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    if view:
+    if view == "mirrored":
+        image = ImageOps.mirror(image)
+    elif view:
         random = np.random.default_rng((seed, view))
         image = _changed(image, random)
     image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
@@ -62,7 +65,7 @@ def _early() -> nn.Module:
 
 
 @torch.inference_mode()
-def write(file: Path, paths: Sequence[Path], view: int, start: int, stop: int) -> None:
+def write(file: Path, paths: Sequence[Path], view: int | Literal["mirrored"], start: int, stop: int) -> None:
     """Fill some rows of a file."""
     torch.set_num_threads(1)
     early = _early()
@@ -80,12 +83,13 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("cache", type=Path)
     parser.add_argument("--views", type=int, default=8)
+    parser.add_argument("--mirrored", action="store_true", help="two views: the whole photo, and its mirror image")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
     arguments.cache.mkdir(parents=True, exist_ok=True)
     data = load(arguments.data)
     with ProcessPoolExecutor(arguments.processes) as pool:
-        for view in range(arguments.views):
+        for view in range(2 if arguments.mirrored else arguments.views):
             for split in ("val", "train") if view == 0 else ("train",):
                 file = arguments.cache / f"{split}-{view}.npy"
                 if file.exists():
@@ -94,7 +98,8 @@ def main() -> None:
                 new = file.with_suffix(".new")
                 np.lib.format.open_memmap(new, "w+", np.int16, (len(paths), *_SHAPE)).flush()
                 cuts = np.linspace(0, len(paths), arguments.processes + 1).astype(int).tolist()
-                parts = [pool.submit(write, new, paths, view, a, b) for a, b in itertools.pairwise(cuts)]
+                kind = "mirrored" if view and arguments.mirrored else view
+                parts = [pool.submit(write, new, paths, kind, a, b) for a, b in itertools.pairwise(cuts)]
                 for part in parts:
                     part.result()
                 new.rename(file)
