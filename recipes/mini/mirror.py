@@ -16,7 +16,6 @@ import argparse
 import json
 import shutil
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,23 +23,13 @@ import torch
 from safetensors.numpy import load_file, save
 from torch import Tensor
 
-from captioner import images
 from captioner.datasets.annotations import load
 from captioner.export.eight_bits import codes
 from captioner.files import sha256
 from captioner.model import Captioner
 from captioner.networks.inference import TorchEngine
 from recipes.mini import common
-
-
-def look(model: Path, paths: Sequence[Path]) -> np.ndarray:
-    """Features of photos and of their mirror images, `(2, photos, 4096)`, float16."""
-    captioner = Captioner.from_pretrained(model)
-    found = np.zeros((2, len(paths), 4096), np.float16)
-    for batch in images.stream(paths, captioner.image_size, batch_size=16):
-        found[0, batch.indices] = captioner.features(batch.pixels)
-        found[1, batch.indices] = captioner.features(np.ascontiguousarray(batch.pixels[..., ::-1]))
-    return found
+from recipes.mini.looks import look_together
 
 
 @torch.no_grad()
@@ -51,7 +40,7 @@ def fitted(
 
     Args:
         engine: the model.
-        features: of `look`.
+        features: of `looks.look`.
         strength: of the pull towards the weights that are there, as a share of the mean variance of its input.
         unrounded: the same features of the CNN before rounding, of which the states to be reached are computed.
     """
@@ -61,7 +50,7 @@ def fitted(
     inputs, changes, count = torch.zeros(size), torch.zeros(len(weight)), 0
     for rows in common.chunks(np.arange(features.shape[1]), 1000):
         two = torch.from_numpy(features[:, rows]).float()
-        better = torch.from_numpy(np.stack([each[rows] for each in unrounded])).float() if unrounded else two
+        better = torch.from_numpy(np.stack([each[rows] for each in unrounded])).float() if len(unrounded) else two
         wanted = decoder.initial(decoder.normalise(better.mean(0)))
         for one in two:
             x = decoder.normalise(one)
@@ -90,13 +79,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.features.exists():
         paths = [example.path for example in load(arguments.data).split("train")]
-        parts = [paths[start :: arguments.processes] for start in range(arguments.processes)]
-        with ProcessPoolExecutor(arguments.processes) as pool:
-            found = list(pool.map(look, [arguments.model] * len(parts), parts))
-        features = np.empty((2, len(paths), 4096), np.float16)
-        for start, part in enumerate(found):
-            features[:, start :: arguments.processes] = part
-        np.save(arguments.features, features)
+        np.save(arguments.features, look_together(arguments.model, paths, arguments.processes))
     engine = Captioner.from_pretrained(arguments.model, engine="torch", device="cpu", precision="fp32").engine
     assert isinstance(engine, TorchEngine)
     folder = arguments.unrounded

@@ -2,8 +2,8 @@
 
     python -m recipes.mini.views DATA CACHE --views 8
 
-View 0 is the whole photo; the others are parts of it, half of them mirrored, in other light. With `--mirrored` there are
-two views, the whole photo and its mirror image. One file a view and split,
+View 0 is the whole photo; the others are parts of it, half of them mirrored, in other light. With `--mirrored` there
+are two views, the whole photo and its mirror image. One file a view and split,
 `CACHE/{train,val}-VIEW.npy`: bfloat16 in the bits of 16-bit integers, (photos, rows, columns, channels).
 """
 
@@ -33,10 +33,10 @@ _SHAPE = (SIZE // 16, SIZE // 16, 88)  # of a map: rows, columns, channels
 
 def look(path: Path, view: int | Literal["mirrored"], seed: int) -> np.ndarray:
     """A view of a photo, `(3, SIZE, SIZE)`, uint8."""
-    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     if view == "mirrored":
-        image = ImageOps.mirror(image)
-    elif view:
+        return np.ascontiguousarray(look(path, 0, seed)[..., ::-1])
+    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    if view:
         random = np.random.default_rng((seed, view))
         image = _changed(image, random)
     image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)

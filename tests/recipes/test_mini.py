@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from captioner import files
 from captioner.config import DecoderConfig, EncoderConfig
 from captioner.datasets.annotations import load
 from captioner.networks import efficientnet
 from captioner.networks.decoder import Decoder
 from captioner.networks.encoder import Encoder
-from recipes.mini import common, hints, late, merge, mirror, see, tune, views
+from recipes.mini import common, hints, late, looks, merge, mirror, see, tune, views
 
 
 def network():
@@ -102,6 +103,22 @@ def test_views_of_a_photo_are_the_same_every_time_and_differ(tmp_path):
     assert np.array_equal(seen[1], seen[3])
     assert not np.array_equal(seen[0], seen[1])
     assert not np.array_equal(seen[1], seen[2])
+    assert np.array_equal(views.look(tmp_path / "photo.png", "mirrored", seed=3), seen[0][:, :, ::-1])
+
+
+def test_a_look_at_the_mirror_image_is_a_look_at_a_mirrored_photo(tmp_path):
+    from PIL import Image, ImageOps
+
+    small = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    photo = Image.fromarray(small).resize((192, 192))
+    photo.save(tmp_path / "photo.png")
+    ImageOps.mirror(photo).save(tmp_path / "mirrored.png")
+    model, paths = files.PRETRAINED / "mini", [tmp_path / "photo.png", tmp_path / "mirrored.png"]
+    for share in (1.0, 0.9):
+        found = looks.look(model, paths, share).astype(np.float32)
+        assert np.allclose(found[0, 0], found[1, 1], atol=0.05 * np.abs(found).max())
+        assert not np.allclose(found[0, 0], found[0, 1], atol=0.05 * np.abs(found).max())
+    assert np.array_equal(looks.look_together(model, paths, 2), looks.look(model, paths))
 
 
 def test_a_decoder_that_has_not_learned_sees_no_photo(tmp_path):
@@ -190,3 +207,8 @@ def test_the_layer_that_reads_photos_learns_what_the_mirror_image_adds():
     engine = SimpleNamespace(decoder=model)
     assert torch.allclose(mirror.fitted(engine, two, 1e6)[0], model.initial.weight, atol=1e-4)
     assert missing(*mirror.fitted(engine, two, 0.01)) < 0.1 * before
+
+    other = np.random.default_rng(1).random((2, 30, 4096)).astype(np.float16)  # states of other features to be reached
+    wanted = model.initial(model.normalise(torch.from_numpy(other).float().mean(0)))
+    before = missing(model.initial.weight, model.initial.bias)
+    assert missing(*mirror.fitted(engine, two, 0.01, other)) < 0.1 * before
